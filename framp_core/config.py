@@ -1,0 +1,396 @@
+"""Configuration of a run: frozen models, TOML presets, and the flat dotted keys of Flower's run config.
+
+The defaults are the ``digits`` preset; a preset file holds what differs. Files and flat keys are written with
+hyphens (``server.clients-per-round``) and use only strings, integers, floats and booleans, which is all that
+Flower's run config takes; lists are comma-separated strings (``"1/64,1/16,1/4,1"``).
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from framp_core.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+def _comma_separated(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _capacity(value: object) -> Fraction:
+    try:
+        capacity = Fraction(str(value))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{value!r} is not a capacity; write a fraction such as 1/16 or 0.25") from error
+    if not 0 < capacity <= 1:
+        raise ValueError(f"capacity {value} is outside (0, 1]; it is the fraction of the weights a client holds")
+    return capacity
+
+
+Capacity = Annotated[Fraction, BeforeValidator(_capacity), PlainSerializer(str, return_type=str)]
+Capacities = Annotated[
+    tuple[Capacity, ...],
+    BeforeValidator(_comma_separated),
+    PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
+]
+Widths = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    BeforeValidator(_comma_separated),
+    PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
+    Field(min_length=1),
+]
+
+
+def parse_capacity(text: object) -> Fraction:
+    """Read a capacity in (0, 1] from a fraction (``"1/16"``) or a number.
+
+    Raises:
+        ConfigError: not a number, or outside (0, 1].
+    """
+    try:
+        return _capacity(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        allow_inf_nan=False,
+    )
+
+
+class DataConfig(_Section):
+    """Which images, from where."""
+
+    name: Literal["digits", "cifar10", "cifar100", "image-folder"] = Field(
+        "digits", description="digits is embedded in scikit-learn and needs no download"
+    )
+    root: str = Field("", description="absolute folder of the data set; unused for digits")
+    image_size: int = Field(0, ge=0, description="images are resized to this side; 0 keeps their own size")
+    augment: bool = Field(False, description="random crop (padding of an eighth) and horizontal flip")
+    cache: str = Field("", description="absolute folder of decoded images; empty: the user's cache folder")
+
+
+class PartitionConfig(_Section):
+    """Who holds which images (DESIGN section 5)."""
+
+    clients: int = Field(20, ge=1, description="clients that train")
+    unseen_clients: int = Field(4, ge=0, description="further clients that are evaluated and never train")
+    scheme: Literal["balanced-dirichlet", "dirichlet", "classes-per-client", "iid"] = "balanced-dirichlet"
+    alpha: float = Field(0.3, gt=0, description="concentration of the Dirichlet prior; smaller is more skewed")
+    classes_per_client: int = Field(2, ge=1, description="for scheme classes-per-client")
+    test_split: Literal["matched", "independent"] = Field(
+        "matched", description="test labels follow the client's training labels, or a new draw of the scheme"
+    )
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of a client's training data")
+
+    @property
+    def nodes(self) -> int:
+        """Number of simulated nodes: training and unseen clients together."""
+        return self.clients + self.unseen_clients
+
+    def for_nodes(self, nodes: int) -> Self:
+        """The same partition over another number of nodes, in the same ratio of unseen clients."""
+        if nodes == self.nodes:
+            return self
+        unseen = min(round(nodes * self.unseen_clients / self.nodes), nodes - 1)
+        return self.model_copy(update={"clients": nodes - unseen, "unseen_clients": unseen})
+
+
+class CapacityConfig(_Section):
+    """Which fraction gamma of the maskable weights each client can hold."""
+
+    sizes: Capacities = Field(
+        (Fraction(1, 64), Fraction(1, 16), Fraction(1, 4), Fraction(1)),
+        min_length=1,
+        description="gamma in (0, 1]",
+    )
+    assignment: Literal["blocks", "shuffled"] = Field(
+        "blocks", description="equal shares of the sizes, by client index or shuffled with the seed"
+    )
+
+
+class ModelConfig(_Section):
+    """Client architecture."""
+
+    name: Literal["conv", "resnet18", "mlp"] = "conv"
+    widths: Widths = (16, 32, 64)
+    groups: int = Field(8, ge=1, description="groups of GroupNorm")
+
+
+class DescriptorConfig(_Section):
+    """Compact summary v_i of a client's data."""
+
+    name: Literal["moments", "histogram", "warmup"] = Field(
+        "moments",
+        description="class histogram and moments of a frozen encoder's features; the histogram alone; "
+        "mean penultimate features after local warm-up",
+    )
+    encoder_width: int = Field(16, ge=1, description="features of the frozen encoder; moments adds 2 floats each")
+    warmup_steps: int = Field(20, ge=1, description="local steps before the features are averaged (warmup)")
+
+
+class GeneratorConfig(_Section):
+    """h(v; phi): from descriptor to full model (DESIGN section 3)."""
+
+    name: Literal["modulated", "low-rank", "chunked", "dense", "shared"] = "modulated"
+    hidden: int = Field(64, ge=1, description="hidden units of the descriptor network")
+    rank: int = Field(1, ge=1, description="rank of the generated factors (low-rank)")
+    chunk_size: int = Field(3072, ge=1, description="parameters per generated chunk (chunked)")
+    chunk_embedding: int = Field(64, ge=1, description="floats that identify a chunk (chunked)")
+    max_parameters: int = Field(
+        100_000_000, ge=1, description="larger generators are refused; bounds memory at 4 bytes each and more"
+    )
+
+
+class ExtractionConfig(_Section):
+    """How a full model is cut to a client's capacity."""
+
+    name: Literal["global-top-k", "layer-top-k", "full"] = "global-top-k"
+    fan_in_exponent: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="score = |theta| * fan_in ** exponent; 0.5 undoes the initialisation's scale",
+    )
+
+
+class LocalConfig(_Section):
+    """Training on the client."""
+
+    steps: int = Field(10, ge=1, description="K, local steps per round")
+    batch_size: int = Field(20, ge=1)
+    learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    prior_strength: float = Field(
+        1.0, ge=0, description="tau of the logit adjustment by the client's class prior in the loss; 0: off"
+    )
+    absent_class_prior: float = Field(1e-4, gt=0, lt=1, description="prior of a class that the client lacks")
+    alignment_weight: float = Field(0.1, ge=0, description="lambda of the prototype-alignment loss; 0: off")
+    alignment_distance: Literal["squared-l2", "cosine"] = "squared-l2"
+    threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ServerConfig(_Section):
+    """Sampling, update of the generator, patience."""
+
+    clients_per_round: int = Field(10, ge=1)
+    shared_optimizer: Literal["sgd", "adam"] = Field("sgd", description="for the shared vector theta_0")
+    shared_learning_rate: float = Field(1.0, gt=0)
+    shared_momentum: float = Field(0.5, ge=0, lt=1)
+    personal_optimizer: Literal["sgd", "adam"] = Field("adam", description="for all other generator parameters")
+    personal_learning_rate: float = Field(1e-3, gt=0)
+    weighting: Literal["coverage", "uniform", "examples"] = Field(
+        "coverage",
+        description="mean over the clients that hold a coordinate, over all clients, or by examples",
+    )
+    averaging_decay: float = Field(0.8, ge=0, lt=1, description="averaged generator for evaluation; 0: off")
+    prototype_decay: float = Field(0.5, ge=0, lt=1, description="moving average of prototypes over rounds; 0: off")
+    minimum_replies: int = Field(1, ge=1, description="valid replies below which a round changes nothing")
+    round_deadline: float = Field(600.0, gt=0, description="seconds to wait for the replies of a round")
+    discovery_deadline: float = Field(120.0, gt=0, description="seconds to wait for clients at the start")
+
+
+class EvaluationConfig(_Section):
+    """What is measured, and when."""
+
+    every: int = Field(10, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    union_images: int = Field(0, ge=0, description="images of the union used before the last round; 0: all")
+    local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
+    union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")
+    fine_tune_steps: int = Field(0, ge=0, description="local steps before a second measurement at the end; 0: off")
+
+
+class WireConfig(_Section):
+    """How tensors travel."""
+
+    values: Literal["float32", "bfloat16", "int8"] = "float32"
+
+
+class EngineConfig(_Section):
+    """How the in-process engine works; it never changes the numbers."""
+
+    workers: int = Field(1, ge=0, description="processes; 1: in this process, 0: one per core")
+
+
+class OutputConfig(_Section):
+    """Where the run folder goes."""
+
+    folder: str = Field("", description="absolute, must not exist; empty: a new folder below ~/framp-runs")
+    tensorboard: bool = Field(False, description="also write TensorBoard scalars")
+
+
+class FrampConfig(_Section):
+    """The whole configuration of a run."""
+
+    method: Literal["framp"] = "framp"
+    seed: int = Field(0, ge=0, description="root of every random stream")
+    rounds: int = Field(60, ge=1)
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    capacity: CapacityConfig = CapacityConfig()
+    model: ModelConfig = ModelConfig()
+    descriptor: DescriptorConfig = DescriptorConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wire: WireConfig = WireConfig()
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _absolute_paths(self) -> Self:
+        for key, path in (
+            ("data.root", self.data.root),
+            ("data.cache", self.data.cache),
+            ("output.folder", self.output.folder),
+        ):
+            if path and not Path(path).is_absolute():
+                raise ValueError(
+                    f"{key}={path!r} is a relative path; Flower's processes work in folders of their own, "
+                    f"so give an absolute one, such as {str(Path.cwd() / path)!r}"
+                )
+        return self
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Scalar]) -> Self:
+        """Build from flat dotted keys, as in Flower's run config or ``-o key=value``.
+
+        Hyphens and underscores are both read. Missing keys take their defaults. Strings are read as the type of
+        the field, except that a boolean field takes ``true`` and ``false`` alone.
+
+        Raises:
+            ConfigError: an unknown key (the nearest valid one is named), or a value out of range.
+        """
+        nested: dict[str, Any] = {}
+        defaults = cls().to_flat()
+        for given, value in values.items():
+            key = given.replace("_", "-")
+            if key not in defaults:
+                raise ConfigError(_unknown_key(given, defaults))
+            _check_boolean(key, value, defaults[key])
+            section, _, name = key.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from error
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Mapping[str, Scalar] | None = None) -> Self:
+        """Read a TOML file and lay overrides (flat dotted keys) on it.
+
+        Raises:
+            ConfigError: the file is missing or is not TOML, or :meth:`from_flat` refuses it.
+        """
+        return cls.from_flat({**(_read_toml(path) if path else {}), **_hyphenated(overrides or {})})
+
+    @classmethod
+    def flat_keys(cls) -> list[str]:
+        """All valid flat keys, hyphenated."""
+        return list(cls().to_flat())
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Flat dotted, hyphenated keys and scalar values: the argument of :meth:`from_flat`."""
+        return _flatten(self.to_nested())
+
+    def to_nested(self) -> dict[str, Any]:
+        """Nested tables with hyphenated keys and scalar values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_toml(self) -> str:
+        """The effective configuration as a TOML file that :meth:`load` reads."""
+        return tomli_w.dumps(self.to_nested())
+
+    def digest(self) -> str:
+        """SHA-256 over everything that can change the numbers (not engine and output folders)."""
+        nested = self.to_nested()
+        del nested["engine"], nested["output"], nested["data"]["root"], nested["data"]["cache"]
+        return hashlib.sha256(json.dumps(nested, sort_keys=True).encode()).hexdigest()
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """Split ``key=value`` of the command line.
+
+    Raises:
+        ConfigError: no ``=`` in it.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{text!r} is not key=value, such as server.clients-per-round=5")
+    return key.strip(), value.strip()
+
+
+def _hyphenated(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}".replace("_", "-")] = value
+    return flat
+
+
+def _read_toml(path: Path) -> dict[str, Scalar]:
+    try:
+        return _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        near = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        hint = f"; beside it lie {', '.join(near)}" if near else ""
+        raise ConfigError(f"there is no configuration file {str(path)!r}{hint}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read as TOML: {error}") from error
+
+
+def _check_boolean(key: str, value: Scalar, default: Scalar) -> None:
+    """Pydantic reads ``yes`` as true and true as 1; a typing slip should not pass for a value."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool) and value not in ("true", "false"):
+            raise ConfigError(f"{key}={value!r}: write true or false")
+    elif isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r}: expected a {type(default).__name__}, not true or false")
+
+
+def _unknown_key(given: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given.replace("_", "-"), known, n=1, cutoff=0.5)
+    same_name = [key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2].replace("_", "-")]
+    hints = near or same_name
+    return f"unknown configuration key {given!r}" + (f"; did you mean {hints[0]!r}?" if hints else "")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{key}={item['input']!r}: {message}" if key else message)
+    return "; ".join(lines)

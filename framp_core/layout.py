@@ -1,0 +1,116 @@
+"""The one description of a model's flat parameter vector."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MASKABLE_LAYERS = (nn.Conv2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """One tensor of the model inside the flat vector.
+
+    Attributes:
+        name: dotted name as in ``Module.named_parameters``.
+        shape: shape of the tensor; dimension 0 is the output channel.
+        fan_in: number of inputs that feed one output channel (1 for biases and norm parameters).
+        maskable: whether ranking and masking apply; convolution and linear weights are maskable, biases and
+            norm parameters are always kept.
+        offset: position of the first element in the flat vector.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fan_in: int
+    maskable: bool
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def slice(self) -> slice:
+        """Where the tensor lies in the flat vector."""
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names, shapes, fan-ins, maskable flags and slices of a flat parameter vector theta in R^n.
+
+    Generators write into this vector, masks select from it, the codec sends it, and
+    :class:`framp_core.models.FlatModel` runs it. The order is that of ``Module.named_parameters``.
+    """
+
+    slots: tuple[ParameterSlot, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ParameterLayout":
+        """Describe ``model``: one slot per parameter, in the order of ``named_parameters``."""
+        maskable = {
+            f"{prefix}.weight" if prefix else "weight"
+            for prefix, layer in model.named_modules()
+            if isinstance(layer, MASKABLE_LAYERS)
+        }
+        slots, offset = [], 0
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            fan_in = math.prod(shape[1:]) if name in maskable else 1
+            slots.append(ParameterSlot(name, shape, fan_in, name in maskable, offset))
+            offset += math.prod(shape)
+        return cls(tuple(slots))
+
+    @cached_property
+    def size(self) -> int:
+        """n, the number of all parameters."""
+        return sum(slot.size for slot in self.slots)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements per slot, the argument of ``torch.split``."""
+        return [slot.size for slot in self.slots]
+
+    @cached_property
+    def maskable(self) -> np.ndarray:
+        """Boolean vector of length n, true where ranking and masking apply."""
+        return np.repeat([slot.maskable for slot in self.slots], self.sizes)
+
+    @cached_property
+    def maskable_size(self) -> int:
+        """Number of maskable weights."""
+        return sum(slot.size for slot in self.slots if slot.maskable)
+
+    @cached_property
+    def always_kept_size(self) -> int:
+        """Number of parameters that no mask drops."""
+        return self.size - self.maskable_size
+
+    @cached_property
+    def fan_in(self) -> np.ndarray:
+        """Float32 vector of length n: the fan-in of the slot each element belongs to."""
+        return np.repeat(np.array([slot.fan_in for slot in self.slots], dtype=np.float32), self.sizes)
+
+    def kept(self, capacity: float) -> int:
+        """K = floor(capacity * maskable_size), the maskable weights that a client of this capacity holds."""
+        return math.floor(capacity * self.maskable_size)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Split a vector ``(..., n)`` into tensors ``(..., *shape)``, one per slot.
+
+        ``torch.split`` rather than one slice per slot: its backward pass concatenates once, whereas every slice
+        would allocate a gradient of the whole vector.
+        """
+        parts = torch.split(flat, self.sizes, dim=-1)
+        return [part.reshape(*flat.shape[:-1], *slot.shape) for part, slot in zip(parts, self.slots, strict=True)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split` for one model: concatenate tensors into a vector ``(n,)``."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
