@@ -1,0 +1,104 @@
+"""ClientApp: answers the descriptor query, trains a submodel, evaluates a submodel.
+
+Every handler returns a message whatever happens: a handler that returns nothing would hang its node for good,
+and an exception would lose its traceback on the way. Errors travel as content, under the key ``error``.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client_app.client import Client, Instruction
+from framp_core.errors import FingerprintMismatchError
+from framp_core.fingerprint import code_fingerprint, code_root
+
+app = ClientApp()
+
+Handler = Callable[[Instruction, Client], RecordDict]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with a fixed number of torch threads: part of the numbers, so it must not follow the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_fingerprint(expected: str) -> None:
+    """Refuse to work with a server of other code.
+
+    Raises:
+        FingerprintMismatchError: names the folder this client's code came from.
+    """
+    if expected != code_fingerprint():
+        raise FingerprintMismatchError(
+            f"this client runs other code than the server: {code_root()} has fingerprint "
+            f"{code_fingerprint()[:12]}, the server {expected[:12]}. Stop the running SuperLink or SuperNode, "
+            f"update the code, and start again"
+        )
+
+
+def answer(handler: Handler, message: Message, context: Context) -> Message:
+    """Run ``handler`` and wrap its result, or the error it raised, in a reply."""
+    try:
+        instruction = Instruction.read(message.content)
+        check_fingerprint(instruction.fingerprint)
+        client = Client.of(context.run_config, context.node_config, instruction.overrides)
+        with torch_threads(client.config.local.threads):
+            content = handler(instruction, client)
+    except Exception as error:
+        content = RecordDict({"error": _describe_error(error)})
+    return Message(content, reply_to=message)
+
+
+def _describe_error(error: Exception) -> ConfigRecord:
+    return ConfigRecord(
+        {"type": type(error).__name__, "reason": str(error), "traceback": traceback.format_exc(limit=-8)}
+    )
+
+
+def _payload(blob: bytes) -> ConfigRecord:
+    return ConfigRecord({"payload": blob})
+
+
+def describe_client(instruction: Instruction, client: Client) -> RecordDict:
+    """Name, role, capacity and the descriptor of the client's data."""
+    return RecordDict({"client": ConfigRecord(client.card()), "framp": _payload(client.describe())})
+
+
+def train_client(instruction: Instruction, client: Client) -> RecordDict:
+    """Local training of the submodel in the message."""
+    blob, metrics = client.train(instruction.payload, instruction.server_round)
+    return RecordDict({"framp": _payload(blob), "metrics": MetricRecord(metrics)})
+
+
+def evaluate_client(instruction: Instruction, client: Client) -> RecordDict:
+    """Accuracy counts of the submodel in the message."""
+    metrics = client.evaluate(instruction.payload, instruction.server_round, instruction.final)
+    return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Flower handler of ``query.describe``."""
+    return answer(describe_client, message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Flower handler of ``train``."""
+    return answer(train_client, message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Flower handler of ``evaluate``."""
+    return answer(evaluate_client, message, context)

@@ -1,0 +1,191 @@
+"""What a client does with a message, free of Flower's transport."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Self
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from framp_core.codec import decode_submodel, encode_descriptor, encode_update
+from framp_core.config import FrampConfig, ModelConfig, Scalar, parse_capacity
+from framp_core.data import ClientData, LabelledImages, load_client
+from framp_core.descriptors import build_descriptor
+from framp_core.errors import ConfigError, ProtocolError
+from framp_core.local_training import client_prototypes, evaluate, log_prior, resolve_device, train_locally
+from framp_core.models import FlatModel, build_model
+from framp_core.randomness import stream
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server asks for.
+
+    Attributes:
+        fingerprint: the server's code fingerprint.
+        server_round: the current round, 0 during discovery.
+        final: whether this is the last evaluation of the run.
+        payload: the encoded submodel; empty in a query.
+        overrides: flat config keys for this client and round alone, for example ``local.learning-rate``.
+    """
+
+    fingerprint: str
+    server_round: int
+    final: bool
+    payload: bytes
+    overrides: Mapping[str, Scalar]
+
+    @classmethod
+    def read(cls, content: RecordDict) -> Self:
+        """Read the records ``config`` and ``framp`` of a message.
+
+        Raises:
+            ProtocolError: a record or a key is missing.
+        """
+        config, payload = content.get("config"), content.get("framp", ConfigRecord())
+        if not isinstance(config, ConfigRecord) or not isinstance(payload, ConfigRecord):
+            raise ProtocolError(f"the message holds {sorted(content)}, expected the records config and framp")
+        try:
+            return cls(
+                fingerprint=str(config["fingerprint"]),
+                server_round=int(config["round"]),  # type: ignore[arg-type]
+                final=bool(config.get("final", False)),
+                payload=bytes(payload.get("payload", b"")),  # type: ignore[arg-type]
+                overrides={key: value for key, value in config.items() if "." in key},  # type: ignore[misc]
+            )
+        except KeyError as error:
+            raise ProtocolError(f"the message's config lacks {error}; it holds {sorted(config)}") from error
+
+
+@lru_cache(maxsize=2)
+def _flat_model(config: ModelConfig, shape: tuple[int, int, int], classes: int, device: torch.device) -> FlatModel:
+    """One network per process: every message overwrites all of its parameters."""
+    return FlatModel(build_model(config, shape, classes), device)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client: its configuration, its data and, while it works, its network."""
+
+    config: FrampConfig
+    data: ClientData
+    partitions: int
+
+    @classmethod
+    def of(
+        cls, run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar], overrides: Mapping[str, Scalar]
+    ) -> Self:
+        """Build the client of one Flower node.
+
+        Args:
+            run_config: flat keys of the run.
+            node_config: ``partition-id`` and ``num-partitions``; optional ``data-dir`` (absolute, wins over
+                ``data.root``), ``capacity`` and ``client-name``.
+            overrides: flat keys that the server sent for this round.
+
+        Raises:
+            ConfigError: the node's configuration lacks its partition.
+        """
+        local = {"data.root": node_config["data-dir"]} if "data-dir" in node_config else {}
+        config = FrampConfig.from_flat({**run_config, **local, **overrides})
+        try:
+            partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
+        except KeyError as error:
+            raise ConfigError(
+                f"this node's configuration lacks {error}; start the SuperNode with "
+                f"--node-config 'partition-id=0 num-partitions={config.partition.nodes}'"
+            ) from error
+        data = load_client(config, partition, partitions)
+        data = replace(
+            data,
+            name=str(node_config.get("client-name", data.name)),
+            capacity=parse_capacity(node_config.get("capacity", data.capacity)),
+        )
+        return cls(config, data, partitions)
+
+    @cached_property
+    def model(self) -> FlatModel:
+        """The process's network of this architecture."""
+        device = resolve_device(self.config.local.device)
+        return _flat_model(self.config.model, self.data.shape, self.data.classes, device)
+
+    def card(self) -> dict[str, Scalar | list[int]]:
+        """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
+        return {
+            "name": self.data.name,
+            "role": self.data.role,
+            "capacity": str(self.data.capacity),
+            "shape": list(self.data.shape),
+            "classes": self.data.classes,
+            "train-examples": len(self.data.train),
+            "partitions": self.partitions,
+            "partition-digest": self.data.partition_digest,
+        }
+
+    def describe(self) -> bytes:
+        """The encoded descriptor and class counts."""
+        vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
+        return encode_descriptor(vector, self.data.class_counts()).blob
+
+    def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, int | float]]:
+        """Train the submodel in ``payload``; return the encoded update and the metrics."""
+        layout = self.model.layout
+        submodel = decode_submodel(payload, layout, self.data.classes, self.model.model.feature_size)
+        rng = stream(self.config.seed, "local-training", self.data.name, server_round)
+        result = train_locally(
+            self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes
+        )
+        update = encode_update(
+            result.delta[submodel.mask],
+            client_prototypes(self.model, self.data),
+            layout,
+            submodel.mask,
+            self.config.wire.values,
+            stream(self.config.seed, "update-rounding", self.data.name, server_round),
+        )
+        return update.blob, {"loss": result.loss, "examples": result.examples, "steps": result.steps}
+
+    def evaluate(self, payload: bytes, server_round: int, final: bool) -> dict[str, int]:
+        """Correct and total counts of the submodel in ``payload``.
+
+        Populations: ``local`` (own test images, class prior of strength ``evaluation.local-prior-strength``),
+        ``validation`` (own validation images, same prior) and, for a client that trains, ``union`` (test images
+        of all clients that train, ``evaluation.union-prior-strength``). With ``evaluation.fine-tune-steps`` the
+        last evaluation measures again after that many local steps (keys ending in ``-tuned``).
+        """
+        submodel = decode_submodel(payload, self.model.layout, self.data.classes, self.model.model.feature_size)
+        self.model.load(torch.from_numpy(submodel.theta()))
+        counts = self._measure(final, suffix="")
+        steps = self.config.evaluation.fine_tune_steps
+        if final and steps:
+            rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
+            train_locally(self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
+            counts |= self._measure(final, suffix="-tuned")
+        return counts
+
+    def _measure(self, final: bool, suffix: str) -> dict[str, int]:
+        settings = self.config.evaluation
+        prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
+        populations = {
+            "local": (self.data.test, settings.local_prior_strength),
+            "validation": (self.data.validation, settings.local_prior_strength),
+        }
+        if self.data.role == "train":
+            limit = 0 if final else settings.union_images
+            populations["union"] = (_sample(self.data.union_test, limit), settings.union_prior_strength)
+        counts = {}
+        for name, (images, strength) in populations.items():
+            result = evaluate(self.model, images, self.data.normaliser, strength * prior if strength else None)
+            counts[f"{name}-correct{suffix}"] = result.correct
+            counts[f"{name}-total{suffix}"] = result.total
+        return counts
+
+
+def _sample(images: LabelledImages, limit: int) -> LabelledImages:
+    """Every (len/limit)-th image: the same ones for every client and round."""
+    if not limit or len(images) <= limit:
+        return images
+    positions = np.linspace(0, len(images) - 1, limit).astype(np.int64)
+    return replace(images, indices=images.indices[positions])

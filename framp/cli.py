@@ -1,0 +1,129 @@
+"""The ``framp`` command."""
+
+import logging
+import sys
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from framp.progress import RunProgress
+from framp_core.config import FrampConfig, Scalar, parse_override
+from framp_core.errors import FrampError
+
+app = typer.Typer(
+    help="Personalised submodels for clients that differ in data and in budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at data and partitions.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+
+ConfigPath = Annotated[Path | None, typer.Argument(help="TOML preset; none: the digits preset.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a key; repeatable.")
+]
+
+
+class Engine(StrEnum):
+    """Where clients run."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
+
+
+def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar) -> FrampConfig:
+    """Read a configuration; paths given on the command line may be relative to the working directory."""
+    values: dict[str, Scalar] = dict(parse_override(text) for text in overrides or [])
+    for key in ("data.root", "data.cache", "output.folder"):
+        if values.get(key):
+            values[key] = str(Path(str(values[key])).expanduser().resolve())
+    return FrampConfig.load(path, {**values, **fixed})
+
+
+def new_run_folder(config_path: Path | None) -> Path:
+    """``runs/<preset>-<time>`` in the working directory."""
+    name = config_path.stem if config_path else "digits"
+    return Path.cwd() / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@app.command()
+def run(
+    config: ConfigPath = None,
+    override: Overrides = None,
+    engine: Annotated[Engine, typer.Option(help="In this process, or Flower's simulation on Ray.")] = Engine.LOCAL,
+    out: Annotated[Path | None, typer.Option(help="Run folder to create.", show_default="runs/PRESET-TIME")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes; 0: one per core.", show_default="the preset's")
+    ] = None,
+) -> None:
+    """Train, evaluate, and write a run folder with its report."""
+    from framp.engines import run_flower, run_local
+    from framp_core.report import results_table
+
+    fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
+    folder = (out.expanduser().resolve() if out else None) or new_run_folder(config)
+    loaded = load_config(config, override, **{"output.folder": str(folder), **fixed})
+    if engine is Engine.FLOWER:
+        _log_to(logging.INFO)
+        finished = run_flower(loaded)
+    else:
+        _log_to(logging.WARNING)
+        with RunProgress(console, folder, loaded.rounds):
+            finished = run_local(loaded)
+    console.print(results_table(finished))
+    console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
+    """Write report.html of a run folder again, and print its table."""
+    from framp_core.report import results_table, write_report
+    from framp_core.run_folder import RunFolder
+
+    path = write_report(run_dir.resolve())
+    console.print(results_table(RunFolder.open(run_dir.resolve())))
+    console.print(f"report: {path}", soft_wrap=True)
+
+
+@data_app.command()
+def inspect(config: ConfigPath = None, override: Overrides = None) -> None:
+    """Show a data set and how it is divided among the clients."""
+    from framp_core.data import client_rows, dataset_rows
+
+    loaded = load_config(config, override)
+    for title, rows in (("Data", dataset_rows(loaded)), ("Clients", client_rows(loaded))):
+        console.print(_table(title, rows))
+
+
+def _table(title: str, rows: list[dict[str, object]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(str(column), justify="right" if isinstance(rows[0][column], int) else "left")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    return table
+
+
+def _log_to(level: int) -> None:
+    """Send Flower's log, and ours below it, through rich."""
+    logger = logging.getLogger("flwr")
+    logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, show_level=False)]
+    logger.setLevel(level)
+
+
+def main() -> None:
+    """Entry point: errors that FRAMP names become one message and exit status 1."""
+    try:
+        app()
+    except FrampError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)

@@ -1,0 +1,199 @@
+"""Flower's own simulation engine on Ray, in a home of its own, cleaned up afterwards.
+
+``flwr run`` exits with 0 even when the app failed, its local SuperLink outlives it, and a SuperLink that some
+other project started would run that project's code. So this engine starts a SuperLink for one run on a free port,
+in a ``FLWR_HOME`` of its own, asks it how the run ended, and stops every process it started.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from framp_core.config import FrampConfig
+from framp_core.errors import EngineError
+from framp_core.fingerprint import code_root
+from framp_core.run_folder import RunFolder
+
+logger = logging.getLogger("flwr.framp")
+_CONNECTION = "framp"
+_START_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+_RUN_ID = re.compile(r"run[ -]?(?:id)?[^0-9]{0,20}(\d{6,})", re.IGNORECASE)
+_SERVER_MARK = "flwr.framp"
+
+
+def run_flower(config: FrampConfig) -> RunFolder:
+    """Run a configuration in Flower's simulation engine and return its run folder.
+
+    ``engine.workers`` is the number of Ray's client actors (0: one per core). ``output.folder`` must be set.
+
+    Raises:
+        EngineError: no app folder, no SuperLink, or the run did not complete; carries Flower's own words.
+    """
+    if not config.output.folder:
+        raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
+    app = code_root()
+    if not (app / "pyproject.toml").is_file():
+        raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
+    home = Path(tempfile.mkdtemp(prefix="framp-flower-"))
+    try:
+        with _superlink(home) as environment:
+            run_id = _submit(app, config, environment)
+            _check_status(run_id, environment, home)
+    except BaseException:
+        logger.warning("Flower's files of this run, its log among them, stay in %s", home)
+        raise
+    shutil.rmtree(home, ignore_errors=True)
+    return RunFolder.open(Path(config.output.folder))
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Environment of Flower's processes: own home, no telemetry, no dependency installation."""
+    binaries = Path(sys.executable).parent
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
+    }
+
+
+def federation_options(config: FrampConfig) -> str:
+    """Value of ``--federation-config``: one node per client, one core per actor."""
+    workers = config.engine.workers or os.cpu_count() or 1
+    return (
+        f"num-supernodes={config.partition.nodes} client-resources-num-cpus=1 "
+        f"client-resources-num-gpus=0.0 init-args-num-cpus={workers}"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink; yield the environment for ``flwr``; stop it and all its children."""
+    port, environment = _free_port(), flower_environment(home)
+    work = home / "work"
+    work.mkdir()
+    address = f"127.0.0.1:{port}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
+    )
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
+    executable = shutil.which(command[0], path=environment["PATH"])
+    if executable is None:
+        raise EngineError("flower-superlink is not installed here; pip install 'flwr[simulation]'")
+    process = psutil.Popen(
+        [executable, *command[1:]],
+        env=environment,
+        cwd=work,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_until_healthy(process, address, home)
+        yield environment
+    finally:
+        _stop(process, home)
+
+
+def _wait_until_healthy(process: psutil.Popen, address: str, home: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"http://{address}/health", timeout=1.0).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise EngineError(f"Flower's SuperLink did not start on {address}; its log:\n{_tail(home / 'superlink.log')}")
+
+
+def _stop(process: psutil.Popen, home: Path) -> None:
+    """End the SuperLink and whatever was started below it, Ray's detached processes included."""
+    marked = _processes_of(home)
+    if process.is_running():
+        process.terminate()
+    _, alive = psutil.wait_procs([process, *marked], timeout=_STOP_SECONDS)
+    for survivor in {*alive, *_processes_of(home)}:
+        try:
+            survivor.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs([process, *marked], timeout=_STOP_SECONDS)
+
+
+def _processes_of(home: Path) -> list[psutil.Process]:
+    """Processes whose environment names this home: children stay findable after their parents died."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def _submit(app: Path, config: FrampConfig, environment: dict[str, str]) -> int:
+    """``flwr run --stream``: show the server's lines while they come; return the run's id."""
+    run_config = Path(environment["FLWR_HOME"]) / "run-config.toml"
+    run_config.write_text(config.to_toml(), encoding="utf-8")
+    command = ["flwr", "run", str(app), _CONNECTION, "--stream"]
+    command += ["--run-config", str(run_config), "--federation-config", federation_options(config)]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=environment, cwd=app, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            logger.info("%s", line.rstrip())
+    match = next((found for line in lines if (found := _RUN_ID.search(line))), None)
+    if process.returncode or match is None:
+        raise EngineError("flwr run did not start the app:\n" + "\n".join(lines[-20:]))
+    return int(match.group(1))
+
+
+def _check_status(run_id: int, environment: dict[str, str], home: Path) -> None:
+    command = ["flwr", "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json"]
+    answer = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
+    try:
+        run = json.loads(answer.stdout)["runs"][0]
+    except (json.JSONDecodeError, KeyError, IndexError) as error:
+        raise EngineError(f"flwr ls did not tell how run {run_id} ended: {answer.stdout}{answer.stderr}") from error
+    if run["status"] != "finished:completed":
+        details = run.get("status-details") or _tail(home / "superlink.log")
+        raise EngineError(f"Flower's run {run_id} ended as {run['status']}: {details}")
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return "(no log was written)"

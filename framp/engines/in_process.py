@@ -1,0 +1,154 @@
+"""Flower's grid without Ray: clients run in this process, or in a pool of worker processes."""
+
+import logging
+import multiprocessing
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Self
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from framp_core.config import FrampConfig, Scalar
+from framp_core.run_folder import RunFolder
+
+logger = logging.getLogger("flwr.framp")
+_CLIENT_APP_RAISED = 2
+_CLIENT_APP_CRASHED = 8
+_FIRST_NODE_ID = 1000
+_SERVER_NODE_ID = 1
+
+
+class InProcessGrid(Grid):
+    """A grid whose nodes live here. Starts in no time; use it as a context manager.
+
+    Args:
+        client_app: the app that answers; with more than one worker it must be importable by name, which is the
+            case for :data:`client_app.app.app`.
+        nodes: number of simulated nodes.
+        run_config: flat configuration, as Flower's ``Context.run_config``.
+        workers: processes that answer messages; 1 means this process.
+        node_configs: one per node; by default ``partition-id`` and ``num-partitions``.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_config: Mapping[str, Scalar],
+        workers: int = 1,
+        node_configs: Sequence[Mapping[str, Scalar]] | None = None,
+    ) -> None:
+        TaskIdentity.run_id = TaskIdentity.task_id = 1
+        TaskIdentity.node_id = _SERVER_NODE_ID
+        configs = node_configs or [{"partition-id": index, "num-partitions": nodes} for index in range(nodes)]
+        self._client_app = client_app
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config=dict(config),
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for node, config in enumerate(configs, _FIRST_NODE_ID)
+        }
+        self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._replies: dict[str, Message] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def set_run(self, run: object) -> None:
+        """Nothing to do: there is one run."""
+
+    @property
+    def run(self) -> None:  # type: ignore[override]
+        """No run record exists outside of Flower's own engines."""
+        return None
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Build an instruction message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Ids of all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Answer the messages at once; their ids are filled in, as Flower does on sending."""
+        messages = list(messages)
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+        known = [message for message in messages if message.metadata.dst_node_id in self._contexts]
+        for message, reply in zip(known, self._answer_all(known), strict=True):
+            reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Take the replies to these messages."""
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send and take the replies; nothing here can be late, so ``timeout`` has no effect."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer_all(self, messages: Sequence[Message]) -> list[Message]:
+        pairs = [(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+        if self._workers == 1:
+            return [_answer(self._client_app, message, context) for message, context in pairs]
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=spawn)
+        futures = [self._pool.submit(_answer, self._client_app, message, context) for message, context in pairs]
+        replies = []
+        for message, future in zip(messages, futures, strict=True):
+            try:
+                replies.append(future.result())
+            except BrokenProcessPool as error:
+                self._pool = None
+                replies.append(Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message))
+        return replies
+
+
+def _answer(client_app: ClientApp, message: Message, context: Context) -> Message:
+    try:
+        return client_app(message, context)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)
+
+
+def run_local(config: FrampConfig) -> RunFolder:
+    """Run a configuration in the in-process engine and return its run folder.
+
+    Raises:
+        FrampError: see :func:`server_app.app.serve`.
+    """
+    from client_app.app import app
+    from server_app.app import serve
+
+    workers = config.engine.workers or os.cpu_count() or 1
+    with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers) as grid:
+        return serve(grid, config)

@@ -1,0 +1,231 @@
+"""What a client computes: training of its submodel, clean-pass prototypes, accuracy."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from framp_core.config import FrampConfig, LocalConfig
+from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data.transforms import Normaliser, augment
+from framp_core.errors import ConfigError, ModelError
+from framp_core.models import FlatModel
+from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
+
+INFERENCE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """Outcome of local training.
+
+    Attributes:
+        delta: trained minus received weights, float32 ``(n,)``, exactly zero outside the mask.
+        loss: mean over the steps of the training loss, all terms included.
+        examples: number of the client's training images.
+        steps: number of SGD steps taken.
+    """
+
+    delta: np.ndarray
+    loss: float
+    examples: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts of one evaluation.
+
+    Attributes:
+        correct: images whose largest (adjusted) logit is that of their class.
+        total: images evaluated; 0 for an empty set.
+        loss_sum: sum over the images of the cross-entropy of the (adjusted) logits, in nats.
+    """
+
+    correct: int
+    total: int
+    loss_sum: float
+
+
+def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of ``local.device``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("local.device='cuda', but PyTorch finds no CUDA device here; use 'auto' or 'cpu'")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def log_prior(counts: np.ndarray, absent: float) -> Tensor:
+    """Log class prior of a client: ``log(n_c / sum_c n_c)`` for classes held, ``log(absent)`` for the others.
+
+    The classes' frequencies are not renormalised for the absent ones: a constant added to all logits changes
+    neither the cross-entropy nor the prediction.
+
+    Args:
+        counts: int ``(C,)``, training images per class.
+        absent: stand-in frequency of a class without images, in (0, 1).
+
+    Returns:
+        float32 ``(C,)``, finite, on the CPU.
+    """
+    frequencies = np.where(counts > 0, counts / max(counts.sum(), 1), absent)
+    return torch.from_numpy(np.log(frequencies).astype(np.float32))
+
+
+def batch_positions(examples: int, batch_size: int, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """Which images each step sees: reshuffled epochs laid end to end and cut into full batches.
+
+    Returns:
+        int64 ``(steps, min(batch_size, examples))`` in [0, examples). A batch may span two epochs.
+    """
+    size = min(batch_size, examples)
+    epochs = -(-steps * size // examples)
+    order = np.concatenate([rng.permutation(examples) for _ in range(epochs)])
+    return order[: steps * size].reshape(steps, size)
+
+
+class _Objective:
+    """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``."""
+
+    def __init__(
+        self, config: LocalConfig, data: ClientData, prototypes: Prototypes | None, device: torch.device
+    ) -> None:
+        self.config = config
+        prior = log_prior(data.class_counts(), config.absent_class_prior)
+        self.offset = (config.prior_strength * prior).to(device)
+        self.targets: tuple[Tensor, Tensor] | None = None
+        if prototypes is not None and config.alignment_weight > 0:
+            means, present = prototypes.dense(data.classes)
+            self.targets = torch.from_numpy(means).to(device), torch.from_numpy(present).to(device)
+
+    def __call__(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits + self.offset, labels)
+        if self.targets is not None:
+            alignment = alignment_loss(features, labels, *self.targets, self.config.alignment_distance)
+            loss = loss + self.config.alignment_weight * alignment
+        return loss
+
+
+def train_locally(
+    model: FlatModel,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    data: ClientData,
+    config: FrampConfig,
+    rng: np.random.Generator,
+    prototypes: Prototypes | None,
+    steps: int | None = None,
+) -> LocalResult:
+    """Train a submodel with SGD on the kept weights; the trained weights stay in ``model``.
+
+    The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: logit adjustment (Menon et al.
+    2021, "Long-tail learning via logit adjustment", eq. 10) by the client's own class prior, and prototype alignment
+    (:func:`framp_core.prototypes.alignment_loss`). Dropped weights are zero, get no gradient and stay zero, also
+    under momentum and weight decay.
+
+    Args:
+        model: the network to train; all of its parameters are overwritten.
+        values: theta as received, float32 ``(n,)``.
+        mask: kept positions, bool ``(n,)``; None trains all.
+        data: the client's data.
+        config: ``config.local`` and ``config.data.augment`` apply.
+        rng: draws batches and augmentation.
+        prototypes: global prototypes; None (as in round 1) leaves the alignment out.
+        steps: number of SGD steps; None takes ``config.local.steps``.
+
+    Raises:
+        ModelError: the loss or a weight became NaN or infinite.
+    """
+    local, device = config.local, model.flat.device
+    kept = None if mask is None else torch.from_numpy(mask).to(device)
+    received = torch.from_numpy(values).to(device)
+    start = received if kept is None else received * kept
+    model.load(start)
+    objective = _Objective(local, data, prototypes, device)
+    optimizer = torch.optim.SGD(
+        [model.flat], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
+    )
+    losses = []
+    for positions in batch_positions(len(data.train), local.batch_size, steps or local.steps, rng):
+        images, labels = data.train.batch(positions)
+        if config.data.augment:
+            images = augment(images, rng)
+        model.flat_gradient.zero_()
+        loss = objective(*model(data.normaliser(images).to(device)), labels.to(device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        if kept is not None:
+            model.flat_gradient.mul_(kept)
+        optimizer.step()
+        losses.append(loss.detach())
+    delta, history = model.flat.detach() - start, torch.stack(losses)
+    _require_finite(delta, history, data.name, local)
+    return LocalResult(delta.cpu().numpy(), float(history.mean()), len(data.train), len(losses))
+
+
+def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalConfig) -> None:
+    """Look once, after the last step: a look at each step would make a GPU wait."""
+    if bool(losses.isfinite().all()) and bool(delta.isfinite().all()):
+        return
+    bad = (~losses.isfinite()).nonzero()
+    step = int(bad[0]) + 1 if len(bad) else len(losses)
+    raise ModelError(
+        f"training of {client} diverged: NaN or infinity at step {step} of {len(losses)} with "
+        f"local.learning-rate={config.learning_rate:g}, local.momentum={config.momentum:g} and "
+        f"local.alignment-weight={config.alignment_weight:g}; lower the learning rate first"
+    )
+
+
+def _inference(model: FlatModel, images: LabelledImages, normaliser: Normaliser) -> Iterator[tuple[Tensor, ...]]:
+    """Logits, features and labels, batch by batch, without augmentation; run it under ``inference_mode``."""
+    device = model.flat.device
+    for first in range(0, len(images), INFERENCE_BATCH):
+        batch, labels = images.batch(np.arange(first, min(first + INFERENCE_BATCH, len(images))))
+        yield *model(normaliser(batch).to(device)), labels.to(device)
+
+
+@torch.inference_mode()
+def penultimate_features(model: FlatModel, images: LabelledImages, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
+    """Clean pass over a non-empty set of images.
+
+    Returns:
+        Features ``(len(images), f)`` and labels ``(len(images),)``, in the order of ``images``, on the model's device.
+    """
+    batches = [(features, labels) for _, features, labels in _inference(model, images, normaliser)]
+    features, labels = zip(*batches, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def client_prototypes(model: FlatModel, data: ClientData) -> Prototypes:
+    """Local prototypes: class means of the features over the training images, without augmentation.
+
+    Call it after :func:`train_locally`, whose trained weights are in ``model``.
+    """
+    features, labels = penultimate_features(model, data.train, data.normaliser)
+    return local_prototypes(features, labels, data.classes)
+
+
+@torch.inference_mode()
+def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, offset: Tensor | None) -> Accuracy:
+    """Accuracy of the network as it stands.
+
+    Args:
+        model: the network, its parameters loaded.
+        images: what to classify; may be empty.
+        normaliser: turns uint8 images into the network's input.
+        offset: added to the logits ``(C,)``, such as a strength times :func:`log_prior`; None adds nothing.
+    """
+    adjustment = 0.0 if offset is None else offset.to(model.flat.device)
+    correct, loss_sum = 0, 0.0
+    for logits, _, labels in _inference(model, images, normaliser):
+        adjusted = logits + adjustment
+        correct += int((adjusted.argmax(dim=1) == labels).sum())
+        loss_sum += float(F.cross_entropy(adjusted, labels, reduction="sum"))
+    return Accuracy(correct, len(images), loss_sum)

@@ -1,0 +1,1 @@
+"""The Flower ServerApp of FRAMP: strategies, client registry and run recording."""

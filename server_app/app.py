@@ -1,0 +1,58 @@
+"""ServerApp: one run of a strategy, from the configuration to the report."""
+
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from framp_core.config import FrampConfig
+from framp_core.fingerprint import code_fingerprint
+from framp_core.report import finish, plain_table, write_report
+from framp_core.run_folder import RunFolder
+from server_app.strategies import STRATEGIES, SubmodelStrategy
+
+logger = logging.getLogger("flwr.framp")
+
+app = ServerApp()
+
+
+def default_run_folder(config: FrampConfig) -> Path:
+    """A new folder below ``~/framp-runs``, named by method, data and time."""
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return Path.home() / "framp-runs" / f"{config.method}-{config.data.name}-{moment}"
+
+
+def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy] | None = None) -> RunFolder:
+    """Run a strategy over ``grid``; write run folder, checkpoint and report.
+
+    Args:
+        grid: Flower's connection to the clients, or the in-process one.
+        config: the run's configuration.
+        strategy_class: your own strategy; the one that ``config.method`` names if None.
+
+    Raises:
+        FrampError: the run folder exists, no client answered, or the model cannot be built.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
+    run = RunFolder.create(folder, config, code_fingerprint())
+    strategy = (strategy_class or STRATEGIES[config.method])(config, run)
+    strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
+    run.write_checkpoint(strategy.state(), {"round": config.rounds, "config_digest": config.digest()})
+    finish(run)
+    write_report(run.path)
+    return run
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry point."""
+    config = FrampConfig.from_flat(context.run_config)
+    run = serve(grid, config)
+    for line in plain_table(run).splitlines():
+        logger.info("%s", line)
+    logger.info("report: %s", run.path / "report.html")

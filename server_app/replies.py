@@ -1,0 +1,69 @@
+"""From Flower's reply messages to clients: mapping, errors, missing replies."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that carries content."""
+
+    client: str
+    content: RecordDict
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A client whose reply is missing or was refused; ``traceback`` where the client sent one."""
+
+    client: str
+    error: str
+    traceback: str = ""
+
+
+def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[list[Reply], list[Refusal]]:
+    """Sort replies into good ones and refusals, both in the order of the clients' names.
+
+    Replies are mapped by ``reply_to_message_id``: errors that the SuperLink makes carry its own node id as source.
+    A reply to no message of ours is dropped. A second reply to the same message is refused.
+
+    Args:
+        sent: client name by the id of the message it was sent.
+        replies: in any order, as they arrived.
+    """
+    good: dict[str, Reply] = {}
+    refused: dict[str, Refusal] = {}
+    for message in replies:
+        client = sent.get(message.metadata.reply_to_message_id)
+        if client is None or client in good:
+            continue
+        problem = _problem(client, message)
+        if problem is None:
+            good[client] = Reply(client, message.content)
+        else:
+            refused[client] = problem
+    for client in set(sent.values()) - set(good) - set(refused):
+        refused[client] = Refusal(client, "no reply before the deadline")
+    return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
+
+
+def _problem(client: str, message: Message) -> Refusal | None:
+    if message.has_error():
+        reason = _last_line(_ANSI.sub("", message.error.reason or ""))
+        return Refusal(client, f"Flower error {message.error.code}: {reason}")
+    error = message.content.config_records.get("error")
+    if error is None:
+        return None
+    text = f"{error.get('type', 'Error')}: {error.get('reason', '')}"
+    return Refusal(client, text, str(error.get("traceback", "")))
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given")[-_LONGEST_REASON:]

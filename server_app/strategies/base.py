@@ -1,0 +1,320 @@
+"""The extension point: one federated loop over personalised submodels, and the hooks that methods fill in."""
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from framp_core.codec import PROTOCOL_VERSION, Encoded, decode_update, encode_submodel
+from framp_core.config import FrampConfig, Scalar
+from framp_core.errors import FrampError, ProtocolError
+from framp_core.fingerprint import code_fingerprint
+from framp_core.layout import ParameterLayout
+from framp_core.mask_statistics import mask_statistics
+from framp_core.masking import extract
+from framp_core.models import build_model, initial_parameters
+from framp_core.prototypes import Prototypes
+from framp_core.randomness import stream
+from framp_core.run_folder import RunFolder
+from server_app.recording import accuracy_record, accuracy_rows, client_rows, mean_record, refusal_rows, train_row
+from server_app.registry import ClientRecord, ClientRegistry
+from server_app.replies import Refusal, Reply, read_replies
+
+logger = logging.getLogger("flwr.framp")
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A client's accepted reply to a train message.
+
+    Attributes:
+        client: who sent it.
+        mask: kept positions, bool ``(n,)``.
+        delta: trained minus received weights on the kept positions, float32 ``(mask.sum(),)``.
+        prototypes: local prototypes.
+        loss: mean training loss.
+        examples: number of training images.
+    """
+
+    client: ClientRecord
+    mask: np.ndarray
+    delta: np.ndarray
+    prototypes: Prototypes
+    loss: float
+    examples: int
+
+    def dense_delta(self) -> np.ndarray:
+        """Delta over all n positions, zero where nothing was kept."""
+        dense = np.zeros(self.mask.shape, dtype=np.float32)
+        dense[self.mask] = self.delta
+        return dense
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message on its way: to whom, with which mask, at which cost. Flower fills in the message's id on sending."""
+
+    message: Message
+    client: ClientRecord
+    mask: np.ndarray
+    encoded: Encoded
+
+
+class SubmodelStrategy(Strategy):
+    """Federated learning in which every client trains a submodel of its own capacity.
+
+    **This class is meant to be subclassed.** One round is: discover new nodes, sample clients, :meth:`generate` a
+    full model for each, :meth:`extract` the mask that its capacity allows, send values, mask and
+    :meth:`prototypes` with :meth:`train_instructions`; collect the replies, refuse the bad ones, and hand the rest,
+    in the order of the clients' names, to :meth:`server_update`. A method overrides the hooks it needs:
+
+    ========================  ===================================================  ===========================
+    hook                      decides                                              default
+    ========================  ===================================================  ===========================
+    ``build``                 server state, once the first clients are known       (required)
+    ``generate``              theta_i, the client's full model                     (required)
+    ``extract``               m_i, the mask                                        ``config.extraction``
+    ``sample``                who trains in a round                                uniform, no replacement
+    ``prototypes``            class prototypes that travel down                    none
+    ``train_instructions``    flat config keys for one client and round            none
+    ``server_update``         new server state from the accepted updates           (required)
+    ``state``                 tensors of the checkpoint                            (required)
+    ========================  ===================================================  ===========================
+
+    Everything else (bytes, events, refusals, evaluation, fingerprints) is shared.
+
+    Args:
+        config: the run's configuration.
+        run: where events and results are written.
+    """
+
+    def __init__(self, config: FrampConfig, run: RunFolder) -> None:
+        self.config = config
+        self.run = run
+        self.registry = ClientRegistry(config, self._instruction(0))
+        self.layout: ParameterLayout
+        self._outbox: list[Outgoing] = []
+        self._started = time.monotonic()
+
+    # Hooks ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, initial: Tensor, feature_size: int, client: ClientRecord) -> dict[str, int]:
+        """Create the server's state; called once, before the first round. ``self.layout`` is set.
+
+        Args:
+            initial: a freshly initialised model, ``(n,)``.
+            feature_size: width of the penultimate features.
+            client: any client; all agree on image shape, classes and size of the descriptor.
+
+        Returns:
+            Facts for the event log, such as the number of the generator's parameters.
+        """
+
+    @abstractmethod
+    def generate(self, client: ClientRecord, *, evaluation: bool) -> np.ndarray:
+        """Return theta_i, the client's full model, float32 ``(n,)``.
+
+        ``evaluation`` is true when the model is measured rather than trained (averaged weights, for example).
+        """
+
+    def extract(self, theta: np.ndarray, client: ClientRecord, server_round: int) -> np.ndarray:
+        """Return m_i, bool ``(n,)``: which weights the client holds."""
+        return extract(theta, self.layout, self.config.extraction, client.capacity)
+
+    def sample(self, clients: Sequence[ClientRecord], server_round: int) -> list[ClientRecord]:
+        """Choose who trains: ``server.clients-per-round`` of ``clients``, uniformly, without replacement."""
+        count = min(self.config.server.clients_per_round, len(clients))
+        chosen = stream(self.config.seed, "client-sampling", server_round).choice(len(clients), count, replace=False)
+        return [clients[index] for index in sorted(chosen)]
+
+    def prototypes(self) -> Prototypes | None:
+        """Global prototypes to send along."""
+        return None
+
+    def train_instructions(self, client: ClientRecord, server_round: int) -> dict[str, Scalar]:
+        """Flat config keys that hold for this client in this round, such as ``local.learning-rate``."""
+        return {}
+
+    @abstractmethod
+    def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
+        """Learn from the accepted updates, sorted by client name; return metrics for the event log."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of the checkpoint."""
+
+    # Flower's strategy interface --------------------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Log what is about to run."""
+        logger.info(
+            "%s: %d rounds, %d clients per round, sizes %s, run folder %s",
+            self.config.method,
+            self.config.rounds,
+            self.config.server.clients_per_round,
+            ", ".join(str(size) for size in sorted(self.config.capacity.sizes)),
+            self.run.path,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Messages for the sampled clients. A list: Flower's deployment grid walks over it twice."""
+        self._started = time.monotonic()
+        self._discover(grid)
+        clients = self.sample(self.registry.online("train"), server_round)
+        prototypes = self.prototypes()
+        self._outbox = [
+            self._outgoing(MessageType.TRAIN, client, server_round, prototypes, config) for client in clients
+        ]
+        return [item.message for item in self._outbox]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Update the server's state from the valid replies; the rest is refused and recorded."""
+        sent, good, refused = self._collect(replies)
+        updates, rows = [], []
+        for reply in good:
+            try:
+                update, parts = self._read_update(sent[reply.client], reply)
+            except FrampError as error:
+                refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
+            else:
+                updates.append(update)
+                rows.append(train_row(update, sent[reply.client].encoded.parts, parts))
+        learnt = len(updates) >= self.config.server.minimum_replies
+        metrics = self.server_update(updates, server_round) if learnt else {}
+        if not learnt:
+            logger.warning("round %d: %d valid replies, nothing is learnt from it", server_round, len(updates))
+        self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
+        arrays = ArrayRecord(self.state()) if server_round == self.config.rounds else None
+        return arrays, mean_record(rows)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Messages for all connected clients, every ``evaluation.every`` rounds and in the last one."""
+        self._started = time.monotonic()
+        final = server_round == self.config.rounds
+        self._outbox = []
+        if not final and server_round % self.config.evaluation.every:
+            return []
+        self._outbox = [
+            self._outgoing(MessageType.EVALUATE, client, server_round, None, config, final=final)
+            for client in self.registry.online()
+        ]
+        if final:
+            masks = [(item.client.name, item.client.capacity, item.mask) for item in self._outbox]
+            self.run.write_json("masks.json", mask_statistics(self.layout, masks))
+        return [item.message for item in self._outbox]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Record every client's counts."""
+        if not self._outbox:
+            return None
+        down_bytes = sum(len(item.encoded.blob) for item in self._outbox)
+        sent, good, refused = self._collect(replies)
+        rows = []
+        for reply in good:
+            try:
+                rows += accuracy_rows(sent[reply.client].client, reply.content)
+            except FrampError as error:
+                refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
+        self._record("evaluate", server_round, refused, accuracies=rows, down_bytes=down_bytes)
+        return accuracy_record(rows)
+
+    # Shared steps -----------------------------------------------------------------------------------------------
+
+    def _discover(self, grid: Grid) -> None:
+        if self.registry.clients:
+            self.registry.refresh(grid, self.config.server.round_deadline)
+            return
+        self.registry.wait(grid)
+        first = self.registry.online()[0]
+        model = build_model(self.config.model, first.shape, first.classes)
+        self.layout = ParameterLayout.of(model)
+        self._classes, self._feature_size = first.classes, model.feature_size
+        facts = self.build(initial_parameters(model, self.config.seed), model.feature_size, first)
+        self._record_start(first, facts)
+
+    def _record_start(self, first: ClientRecord, facts: dict[str, int]) -> None:
+        clients = list(self.registry.clients.values())
+        nodes, wanted = self.registry.expected, self.config.partition.nodes
+        if nodes != wanted:
+            logger.warning(
+                "the data are partitioned over %d nodes, the configuration asks for %d; to get them: "
+                "flwr run . --stream --federation-config 'num-supernodes=%d'",
+                nodes,
+                wanted,
+                wanted,
+            )
+        self._record(
+            "start",
+            0,
+            self.registry.refused,
+            clients=client_rows(clients),
+            expected_clients=nodes,
+            parameters=self.layout.size,
+            maskable=self.layout.maskable_size,
+            always_kept=self.layout.always_kept_size,
+            descriptor_floats=len(first.descriptor),
+            partition_digest=first.partition_digest,
+            **facts,
+        )
+
+    def _instruction(self, server_round: int, **values: Scalar) -> ConfigRecord:
+        fixed = {"fingerprint": code_fingerprint(), "protocol-version": PROTOCOL_VERSION, "round": server_round}
+        return ConfigRecord({**fixed, **values})
+
+    def _outgoing(
+        self,
+        message_type: str,
+        client: ClientRecord,
+        server_round: int,
+        prototypes: Prototypes | None,
+        config: ConfigRecord,
+        final: bool = False,
+    ) -> Outgoing:
+        evaluation = message_type == MessageType.EVALUATE
+        theta = self.generate(client, evaluation=evaluation)
+        mask = self.extract(theta, client, server_round)
+        encoded = encode_submodel(theta[mask], mask, prototypes, self.layout, self.config.wire.values)
+        extra = {} if evaluation else self.train_instructions(client, server_round)
+        instruction = self._instruction(server_round, **{**config, "final": final, **extra})  # type: ignore[arg-type]
+        content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
+        message = Message(content, client.node_id, message_type, group_id=str(server_round))
+        return Outgoing(message, client, mask, encoded)
+
+    def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
+        names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
+        good, refused = read_replies(names, replies)
+        return {item.client.name: item for item in self._outbox}, good, refused
+
+    def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
+        try:
+            blob = reply.content.config_records["framp"]["payload"]
+            metrics = reply.content.metric_records["metrics"]
+            loss, examples = float(metrics["loss"]), int(metrics["examples"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
+        update = decode_update(blob, self.layout, sent.mask, self._classes, self._feature_size)  # type: ignore[arg-type]
+        accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
+        return accepted, update.parts
+
+    def _record(self, kind: str, server_round: int, refused: Sequence[Refusal], **fields: object) -> None:
+        for refusal in refused:
+            logger.warning("round %d: %s refused: %s", server_round, refusal.client, refusal.error)
+        first = next((refusal.traceback for refusal in refused if refusal.traceback), "")
+        if first:
+            logger.warning("the first client's traceback:\n%s", first)
+        seconds = time.monotonic() - self._started
+        self.run.event(kind, server_round, refused=refusal_rows(refused), seconds=seconds, **fields)

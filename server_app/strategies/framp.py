@@ -1,0 +1,55 @@
+"""FRAMP (arXiv 2604.11278): hypernetwork, global top-k masks, prototype alignment."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framp_core.generators import build_generator
+from framp_core.prototypes import PrototypeBank, Prototypes
+from framp_core.server_update import GeneratorUpdate
+from server_app.registry import ClientRecord
+from server_app.strategies.base import ClientUpdate, SubmodelStrategy
+
+
+class FrampStrategy(SubmodelStrategy):
+    """Full models come from a generator h(v_i; phi), which learns from the clients' deltas.
+
+    The server descends on g = - sum_i w_i J_i^T (m_i * Delta_i), J_i the Jacobian of h at v_i, and keeps a moving
+    average of class prototypes (DESIGN section 3).
+    """
+
+    def build(self, initial: Tensor, feature_size: int, client: ClientRecord) -> dict[str, int]:
+        """Create generator, its optimizers, and an empty prototype bank."""
+        generator = build_generator(
+            self.config.generator, self.layout, len(client.descriptor), initial, self.config.seed
+        )
+        self.generator_update = GeneratorUpdate(generator, self.config.server)
+        self.bank = PrototypeBank(client.classes, feature_size, self.config.server.prototype_decay)
+        return {"generator_parameters": sum(parameter.numel() for parameter in generator.parameters())}
+
+    def generate(self, client: ClientRecord, *, evaluation: bool) -> np.ndarray:
+        """h(v_i; phi), from the averaged generator for evaluation."""
+        update = self.generator_update
+        generator = update.evaluation_generator if evaluation else update.generator
+        theta: np.ndarray = generator.generate(torch.from_numpy(client.descriptor)[None])[0].numpy()
+        return theta
+
+    def prototypes(self) -> Prototypes | None:
+        """Global prototypes; none before the first round has ended."""
+        return self.bank.export()
+
+    def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
+        """One step along the vector-Jacobian product, then the prototypes' moving average."""
+        self.bank.update([update.prototypes for update in updates])
+        return self.generator_update.step(
+            torch.from_numpy(np.stack([update.client.descriptor for update in updates])),
+            [update.dense_delta() for update in updates],
+            [update.mask for update in updates],
+            [update.examples for update in updates],
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Generator, averaged generator, optimizers, prototypes."""
+        return {**self.generator_update.state_dict(), **self.bank.state_dict()}
