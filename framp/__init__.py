@@ -1,5 +1,5 @@
 """The front of FRAMP for people: the ``framp`` command, and engines to run a configuration from Python."""
 
-from framp.engines import run_flower, run_local
+from framp.engines import InProcessGrid, run_flower, run_local
 
-__all__ = ["run_flower", "run_local"]
+__all__ = ["InProcessGrid", "run_flower", "run_local"]

@@ -5,7 +5,7 @@ import sys
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig, Scalar, parse_override
 from framp_core.errors import FrampError
+
+if TYPE_CHECKING:
+    from framp_core.data import DataSummary
 
 app = typer.Typer(
     help="Personalised submodels for clients that differ in data and in budget.",
@@ -78,7 +81,7 @@ def run(
         _log_to(logging.WARNING)
         with RunProgress(console, folder, loaded.rounds):
             finished = run_local(loaded)
-    console.print(results_table(finished))
+    console.print(results_table(finished.json("summary.json")))
     console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
 
 
@@ -89,26 +92,33 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
     from framp_core.run_folder import RunFolder
 
     path = write_report(run_dir.resolve())
-    console.print(results_table(RunFolder.open(run_dir.resolve())))
+    console.print(results_table(RunFolder.open(run_dir.resolve()).json("summary.json")))
     console.print(f"report: {path}", soft_wrap=True)
 
 
 @data_app.command()
 def inspect(config: ConfigPath = None, override: Overrides = None) -> None:
     """Show a data set and how it is divided among the clients."""
-    from framp_core.data import client_rows, dataset_rows
+    from framp_core.data import summarise_data
 
-    loaded = load_config(config, override)
-    for title, rows in (("Data", dataset_rows(loaded)), ("Clients", client_rows(loaded))):
-        console.print(_table(title, rows))
+    summary = summarise_data(load_config(config, override))
+    facts = Table(title="Data", title_justify="left", show_header=False)
+    for fact in summary.facts:
+        facts.add_row(fact["fact"], fact["value"])
+    console.print(facts)
+    console.print(_clients_table(summary))
+    console.print(f"partition digest: {summary.digest}", soft_wrap=True)
 
 
-def _table(title: str, rows: list[dict[str, object]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(str(column), justify="right" if isinstance(rows[0][column], int) else "left")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+def _clients_table(summary: "DataSummary") -> Table:
+    table = Table(title="Clients (training images per class on the right)", title_justify="left")
+    for heading in ("client", "role", "capacity"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("train", "validation", "test", *summary.class_names):
+        table.add_column(heading, justify="right")
+    for row in summary.clients:
+        counts = (row.train, row.validation, row.test, *row.class_counts)
+        table.add_row(row.client, row.role, row.capacity, *(str(count) if count else "·" for count in counts))
     return table
 
 

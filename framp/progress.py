@@ -9,6 +9,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from framp_core.metrics import COLUMNS, summarise
+from framp_core.run_folder import accuracies
+
 _POLL_SECONDS = 0.2
 
 
@@ -71,22 +74,14 @@ class RunProgress:
         if event["kind"] == "train":
             self._bar.update(self._task, completed=event["round"])
         elif event["kind"] == "evaluate":
-            text = _accuracies(event["accuracies"])
+            text = _accuracies(event)
             self._bar.update(self._task, description=text)
             if not self._console.is_terminal:
                 self._console.print(f"round {event['round']}/{self._rounds}  {text}", highlight=False)
 
 
-def _accuracies(rows: list[dict[str, Any]]) -> str:
-    """Mean accuracies over clients, such as ``Local 91.2 %  Union 71.0 %  Unseen 89.3 %``."""
-    groups = {
-        "Local": [row for row in rows if row["role"] == "train" and row["population"] == "local"],
-        "Union": [row for row in rows if row["role"] == "train" and row["population"] == "union"],
-        "Unseen": [row for row in rows if row["role"] == "unseen" and row["population"] == "local"],
-    }
-    parts = []
-    for name, members in groups.items():
-        values = [row["correct"] / row["total"] for row in members if row["moment"] == "before"]
-        if values:
-            parts.append(f"{name} {100 * sum(values) / len(values):.1f} %")
-    return "  ".join(parts)
+def _accuracies(event: dict[str, Any]) -> str:
+    """Mean accuracies over clients, such as ``local 91.2 %  union 71.0 %  unseen 89.3 %``."""
+    overall = summarise(row for row in accuracies(event) if row.moment == "before")[-1]
+    spreads = {column: overall.column(column) for column in COLUMNS}
+    return "  ".join(f"{column} {100 * spread.mean:.1f} %" for column, spread in spreads.items() if spread)

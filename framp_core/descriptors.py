@@ -13,7 +13,7 @@ from torch.nn.utils import vector_to_parameters
 
 from framp_core.config import FrampConfig
 from framp_core.data.client_data import ClientData
-from framp_core.local_training import INFERENCE_BATCH, penultimate_features, resolve_device, train_locally
+from framp_core.local_training import clean_batches, penultimate_features, resolve_device, train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
 from framp_core.randomness import stream
 
@@ -92,17 +92,15 @@ class MomentsDescriptor(Descriptor):
 
     @torch.inference_mode()
     def _encode(self, data: ClientData) -> Tensor:
-        batches = []
-        for first in range(0, len(data.train), INFERENCE_BATCH):
-            images, _ = data.train.batch(np.arange(first, min(first + INFERENCE_BATCH, len(data.train))))
-            batches.append(self.encoder(data.normaliser(images)))
-        return torch.cat(batches)
+        batches = clean_batches(data.train, data.normaliser, torch.device("cpu"))
+        return torch.cat([self.encoder(inputs) for inputs, _ in batches])
 
 
 class WarmupDescriptor(Descriptor):
     """Mean penultimate feature over the training images after a short local training, scaled to unit norm.
 
-    All clients start from the same weights. The full model is trained, whatever the client's capacity.
+    All clients start from the same weights and draw batches from equal streams, so that equal data give equal
+    descriptors. The full model is trained, whatever the client's capacity.
 
     Args:
         config: the model, ``descriptor.warmup_steps``, ``local`` and the root seed.
@@ -124,7 +122,7 @@ class WarmupDescriptor(Descriptor):
 
     def describe(self, data: ClientData) -> np.ndarray:
         """Summarise ``data.train`` as float32 ``(f,)`` of unit norm."""
-        rng = stream(self.config.seed, "descriptor-warmup", data.name)
+        rng = stream(self.config.seed, "descriptor-warmup")
         steps = self.config.descriptor.warmup_steps
         train_locally(self.model, self.initial, None, data, self.config, rng, None, steps)
         features, _ = penultimate_features(self.model, data.train, data.normaliser)

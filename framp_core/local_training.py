@@ -126,10 +126,10 @@ def train_locally(
 ) -> LocalResult:
     """Train a submodel with SGD on the kept weights; the trained weights stay in ``model``.
 
-    The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: logit adjustment (Menon et al.
-    2021, "Long-tail learning via logit adjustment", eq. 10) by the client's own class prior, and prototype alignment
-    (:func:`framp_core.prototypes.alignment_loss`). Dropped weights are zero, get no gradient and stay zero, also
-    under momentum and weight decay.
+    The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: the
+    logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
+    class prior, and :func:`framp_core.prototypes.alignment_loss`. Dropped weights are zero, get no gradient and stay
+    zero, also under momentum and weight decay.
 
     Args:
         model: the network to train; all of its parameters are overwritten.
@@ -145,29 +145,34 @@ def train_locally(
         ModelError: the loss or a weight became NaN or infinite.
     """
     local, device = config.local, model.flat.device
-    kept = None if mask is None else torch.from_numpy(mask).to(device)
-    received = torch.from_numpy(values).to(device)
-    start = received if kept is None else received * kept
+    kept = torch.ones_like(model.flat) if mask is None else torch.tensor(mask, device=device)
+    start = torch.tensor(values, device=device) * kept
     model.load(start)
     objective = _Objective(local, data, prototypes, device)
     optimizer = torch.optim.SGD(
         [model.flat], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
     )
     losses = []
-    for positions in batch_positions(len(data.train), local.batch_size, steps or local.steps, rng):
-        images, labels = data.train.batch(positions)
-        if config.data.augment:
-            images = augment(images, rng)
+    for inputs, labels in _training_batches(data, config, rng, steps or local.steps, device):
         model.flat_gradient.zero_()
-        loss = objective(*model(data.normaliser(images).to(device)), labels.to(device))
+        loss = objective(*model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        if kept is not None:
-            model.flat_gradient.mul_(kept)
+        model.flat_gradient.mul_(kept)
         optimizer.step()
         losses.append(loss.detach())
     delta, history = model.flat.detach() - start, torch.stack(losses)
     _require_finite(delta, history, data.name, local)
     return LocalResult(delta.cpu().numpy(), float(history.mean()), len(data.train), len(losses))
+
+
+def _training_batches(
+    data: ClientData, config: FrampConfig, rng: np.random.Generator, steps: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for positions in batch_positions(len(data.train), config.local.batch_size, steps, rng):
+        images, labels = data.train.batch(positions)
+        if config.data.augment:
+            images = augment(images, rng)
+        yield data.normaliser(images.to(device)), labels.to(device)
 
 
 def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalConfig) -> None:
@@ -183,12 +188,13 @@ def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalCon
     )
 
 
-def _inference(model: FlatModel, images: LabelledImages, normaliser: Normaliser) -> Iterator[tuple[Tensor, ...]]:
-    """Logits, features and labels, batch by batch, without augmentation; run it under ``inference_mode``."""
-    device = model.flat.device
+def clean_batches(
+    images: LabelledImages, normaliser: Normaliser, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Network inputs and labels in order, without augmentation; nothing for an empty set."""
     for first in range(0, len(images), INFERENCE_BATCH):
         batch, labels = images.batch(np.arange(first, min(first + INFERENCE_BATCH, len(images))))
-        yield *model(normaliser(batch).to(device)), labels.to(device)
+        yield normaliser(batch.to(device)), labels.to(device)
 
 
 @torch.inference_mode()
@@ -198,8 +204,8 @@ def penultimate_features(model: FlatModel, images: LabelledImages, normaliser: N
     Returns:
         Features ``(len(images), f)`` and labels ``(len(images),)``, in the order of ``images``, on the model's device.
     """
-    batches = [(features, labels) for _, features, labels in _inference(model, images, normaliser)]
-    features, labels = zip(*batches, strict=True)
+    batches = clean_batches(images, normaliser, model.flat.device)
+    features, labels = zip(*((model(inputs)[1], labels) for inputs, labels in batches), strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -222,10 +228,11 @@ def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, o
         normaliser: turns uint8 images into the network's input.
         offset: added to the logits ``(C,)``, such as a strength times :func:`log_prior`; None adds nothing.
     """
-    adjustment = 0.0 if offset is None else offset.to(model.flat.device)
+    device = model.flat.device
+    adjustment = 0.0 if offset is None else offset.to(device)
     correct, loss_sum = 0, 0.0
-    for logits, _, labels in _inference(model, images, normaliser):
-        adjusted = logits + adjustment
+    for inputs, labels in clean_batches(images, normaliser, device):
+        adjusted = model(inputs)[0] + adjustment
         correct += int((adjusted.argmax(dim=1) == labels).sum())
         loss_sum += float(F.cross_entropy(adjusted, labels, reduction="sum"))
     return Accuracy(correct, len(images), loss_sum)

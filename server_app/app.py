@@ -10,8 +10,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from framp_core.config import FrampConfig
-from framp_core.fingerprint import code_fingerprint
-from framp_core.report import finish, plain_table, write_report
+from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import RunFolder
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
@@ -39,7 +38,7 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
     """
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
-    run = RunFolder.create(folder, config, code_fingerprint())
+    run = RunFolder.create(folder, config)
     strategy = (strategy_class or STRATEGIES[config.method])(config, run)
     strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
     run.write_checkpoint(strategy.state(), {"round": config.rounds, "config_digest": config.digest()})
@@ -53,6 +52,6 @@ def main(grid: Grid, context: Context) -> None:
     """Flower's entry point."""
     config = FrampConfig.from_flat(context.run_config)
     run = serve(grid, config)
-    for line in plain_table(run).splitlines():
+    for line in plain_lines(run.json("summary.json")):
         logger.info("%s", line)
     logger.info("report: %s", run.path / "report.html")

@@ -1,12 +1,15 @@
 """Rows of the event log, and the metric records that Flower shows."""
 
-from collections import defaultdict
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import MetricRecord, RecordDict
 
-from framp_core.errors import ProtocolError
+from framp_core.config import FrampConfig
+from framp_core.data import load_partition
+from framp_core.errors import DataError, ProtocolError
+from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, summarise
 from server_app.registry import ClientRecord
 from server_app.replies import Refusal
 
@@ -14,8 +17,9 @@ if TYPE_CHECKING:
     from server_app.strategies.base import ClientUpdate
 
 Row = dict[str, Any]
-POPULATIONS = ("local", "validation", "union")
-MOMENTS = {"before": "", "after": "-tuned"}
+POPULATIONS: tuple[Population, ...] = ("local", "validation", "union")
+MOMENTS: dict[Moment, str] = {"before": "", "after": "-tuned"}
+logger = logging.getLogger("flwr.framp")
 
 
 def client_rows(clients: Iterable[ClientRecord]) -> list[Row]:
@@ -49,36 +53,44 @@ def refusal_rows(refused: Iterable[Refusal]) -> list[Row]:
     return [{"client": refusal.client, "error": refusal.error} for refusal in refused]
 
 
-def accuracy_rows(client: ClientRecord, content: RecordDict) -> list[Row]:
-    """One row per population and moment that the client measured.
+def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict) -> list[ClientAccuracy]:
+    """The measurements in a client's reply: one per population and moment.
 
     Raises:
-        ProtocolError: no metrics, or more correct than total.
+        ProtocolError: no metrics, or counts that contradict each other.
     """
     metrics = content.metric_records.get("metrics", MetricRecord())
-    rows = []
+    measured = []
     for moment, suffix in MOMENTS.items():
         for population in POPULATIONS:
-            total = metrics.get(f"{population}-total{suffix}")
-            if not total:
+            total, correct = metrics.get(f"{population}-total{suffix}"), metrics.get(f"{population}-correct{suffix}")
+            if total is None or total == 0:
                 continue
-            correct = metrics.get(f"{population}-correct{suffix}", -1)
-            if not (isinstance(correct, int) and isinstance(total, int) and 0 <= correct <= total):
-                raise ProtocolError(f"{population} reports {correct!r} correct of {total!r}")
-            rows.append(
-                {
-                    "client": client.name,
-                    "role": client.role,
-                    "capacity": str(client.capacity),
-                    "population": population,
-                    "moment": moment,
-                    "correct": correct,
-                    "total": total,
-                }
+            if not isinstance(total, int) or not isinstance(correct, int):
+                raise ProtocolError(f"{client.name} reports {correct!r} correct of {total!r} {population} images")
+            measured.append(
+                ClientAccuracy(
+                    client.name, client.role, str(client.capacity), server_round, population, moment, correct, total
+                )
             )
-    if not rows:
-        raise ProtocolError(f"the reply to an evaluation holds no counts; its records are {sorted(content)}")
-    return rows
+    if not measured:
+        raise ProtocolError(f"the reply of {client.name} holds no counts; its records are {sorted(content)}")
+    return measured
+
+
+def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
+    """The partition's manifest, made again on the server; the digest alone where the server cannot read the data."""
+    try:
+        _, partition = load_partition(config, nodes)
+    except DataError as error:
+        logger.warning("the server cannot read the data, so manifest.json holds the clients' digest alone: %s", error)
+        return {"digest": digest}
+    if partition.digest != digest:
+        raise DataError(
+            f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
+            f"data.root must hold the same images everywhere"
+        )
+    return partition.manifest()
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:
@@ -95,13 +107,8 @@ def mean_record(rows: Sequence[Row]) -> MetricRecord | None:
     )
 
 
-def accuracy_record(rows: Iterable[Row]) -> MetricRecord | None:
-    """Mean accuracy over clients, by population: ``local``, ``validation``, ``union``, ``unseen``."""
-    accuracies: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["moment"] == "before":
-            unseen = row["role"] == "unseen"
-            name = {"local": "unseen"}.get(row["population"]) if unseen else row["population"]
-            if name:
-                accuracies[name].append(row["correct"] / row["total"])
-    return MetricRecord({name: sum(values) / len(values) for name, values in accuracies.items()}) or None
+def accuracy_record(rows: Iterable[ClientAccuracy]) -> MetricRecord | None:
+    """Mean accuracy over clients before fine-tuning: ``local``, ``union``, ``unseen``, ``validation``."""
+    overall = summarise(row for row in rows if row.moment == "before")[-1]
+    spreads = {column: overall.column(column) for column in COLUMNS}
+    return MetricRecord({column: spread.mean for column, spread in spreads.items() if spread}) or None

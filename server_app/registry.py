@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from framp_core.codec import decode_descriptor
 from framp_core.config import FrampConfig, parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError
+from framp_core.metrics import Role
 from server_app.replies import Refusal, Reply, read_replies
 
 logger = logging.getLogger("flwr.framp")
@@ -40,7 +41,7 @@ class ClientRecord:
 
     name: str
     node_id: int
-    role: str
+    role: Role
     capacity: Fraction
     shape: tuple[int, int, int]
     classes: int
@@ -66,7 +67,7 @@ class ClientRecord:
             return cls(
                 name=str(card["name"]),
                 node_id=node_id,
-                role=str(card["role"]),
+                role=_role(card["role"]),
                 capacity=parse_capacity(card["capacity"]),
                 shape=(int(channels), int(height), int(width)),
                 classes=classes,
@@ -136,7 +137,6 @@ class ClientRegistry:
         new = sorted(self._online - self._asked)
         if not new:
             return False
-        self._asked |= set(new)
         messages = [
             Message(RecordDict({"config": self._instruction}), node, "query.describe", group_id="0") for node in new
         ]
@@ -144,6 +144,8 @@ class ClientRegistry:
         labels = {message.metadata.message_id: f"node {message.metadata.dst_node_id}" for message in messages}
         nodes = {f"node {node}": node for node in new}
         good, refused = read_replies(labels, replies)
+        silent = {refusal.client for refusal in refused if refusal.missing}
+        self._asked |= {node for label, node in nodes.items() if label not in silent}
         self.refused += refused + self._admit((nodes[reply.client], reply) for reply in good)
         return True
 
@@ -172,3 +174,9 @@ class ClientRegistry:
                     f"{len(new.descriptor)} floats; {other.name} has {other.shape}, {other.classes} and "
                     f"{len(other.descriptor)}"
                 )
+
+
+def _role(value: object) -> Role:
+    if value not in ("train", "unseen"):
+        raise ProtocolError(f"the role {value!r} is neither train nor unseen")
+    return "train" if value == "train" else "unseen"

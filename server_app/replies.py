@@ -25,6 +25,7 @@ class Refusal:
     client: str
     error: str
     traceback: str = ""
+    missing: bool = False
 
 
 def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[list[Reply], list[Refusal]]:
@@ -49,7 +50,7 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
         else:
             refused[client] = problem
     for client in set(sent.values()) - set(good) - set(refused):
-        refused[client] = Refusal(client, "no reply before the deadline")
+        refused[client] = Refusal(client, "no reply before the deadline", missing=True)
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
 
 

@@ -1,10 +1,11 @@
 """The extension point: one federated loop over personalised submodels, and the hooks that methods fill in."""
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -23,7 +24,15 @@ from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
-from server_app.recording import accuracy_record, accuracy_rows, client_rows, mean_record, refusal_rows, train_row
+from server_app.recording import (
+    accuracy_record,
+    client_rows,
+    manifest,
+    mean_record,
+    read_accuracies,
+    refusal_rows,
+    train_row,
+)
 from server_app.registry import ClientRecord, ClientRegistry
 from server_app.replies import Refusal, Reply, read_replies
 
@@ -226,10 +235,10 @@ class SubmodelStrategy(Strategy):
         rows = []
         for reply in good:
             try:
-                rows += accuracy_rows(sent[reply.client].client, reply.content)
+                rows += read_accuracies(sent[reply.client].client, server_round, reply.content)
             except FrampError as error:
                 refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
-        self._record("evaluate", server_round, refused, accuracies=rows, down_bytes=down_bytes)
+        self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], down_bytes=down_bytes)
         return accuracy_record(rows)
 
     # Shared steps -----------------------------------------------------------------------------------------------
@@ -257,6 +266,7 @@ class SubmodelStrategy(Strategy):
                 wanted,
                 wanted,
             )
+        self.run.write_json("manifest.json", manifest(self.config, nodes, first.partition_digest))
         self._record(
             "start",
             0,
@@ -306,6 +316,8 @@ class SubmodelStrategy(Strategy):
             loss, examples = float(metrics["loss"]), int(metrics["examples"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
+        if not math.isfinite(loss) or examples < 1:
+            raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
         update = decode_update(blob, self.layout, sent.mask, self._classes, self._feature_size)  # type: ignore[arg-type]
         accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts

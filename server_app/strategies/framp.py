@@ -38,7 +38,8 @@ class FrampStrategy(SubmodelStrategy):
 
     def prototypes(self) -> Prototypes | None:
         """Global prototypes; none before the first round has ended."""
-        return self.bank.export()
+        known = self.bank.export()
+        return known if len(known.classes) else None
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """One step along the vector-Jacobian product, then the prototypes' moving average."""
@@ -52,4 +53,8 @@ class FrampStrategy(SubmodelStrategy):
 
     def state(self) -> dict[str, Tensor]:
         """Generator, averaged generator, optimizers, prototypes."""
-        return {**self.generator_update.state_dict(), **self.bank.state_dict()}
+        return {
+            **self.generator_update.state_dict(),
+            "prototypes.means": torch.from_numpy(self.bank.means),
+            "prototypes.counts": torch.from_numpy(self.bank.counts),
+        }

@@ -1,0 +1,154 @@
+"""What one client holds: its images by use, its capacity, and the pool for Union accuracy."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framp_core.config import DataConfig, FrampConfig
+from framp_core.data.partition import Partition, make_partition
+from framp_core.data.sources import ImageData, load_images
+from framp_core.data.transforms import Normaliser
+from framp_core.errors import DataError
+from framp_core.randomness import stream
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """A selection from a pool of images; no pixel is copied before :meth:`batch`.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``, the whole pool, as a rule a memory map.
+        labels: int64 ``(N,)`` of the whole pool, in [0, C).
+        indices: int64 ``(len(self),)``, the positions in the pool that belong to the selection; may be empty.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def selected_labels(self) -> np.ndarray:
+        """Labels of the selection, int64 ``(len(self),)``."""
+        selected: np.ndarray = self.labels[self.indices]
+        return selected
+
+    def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Read some images into memory.
+
+        Args:
+            positions: int ``(b,)``, positions in the selection, each in [0, len(self)).
+
+        Returns:
+            Images, uint8 ``(b, C, H, W)``, and labels, int64 ``(b,)``.
+        """
+        chosen = self.indices[positions]
+        return torch.from_numpy(self.images[chosen]), torch.from_numpy(self.labels[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """Everything that client code may see of the data; build it with :func:`load_client`.
+
+    It refers to the pools, so let each process load its own rather than send one between processes.
+
+    Attributes:
+        name: such as ``client-0007``.
+        role: ``train``, or ``unseen`` for a client that is evaluated and never trains.
+        capacity: gamma, the fraction of the maskable weights that the client can hold.
+        classes: C, the number of classes of the data set; a client may lack some of them.
+        shape: (channels, height, width) of an image.
+        normaliser: from uint8 pixels to network inputs; the same for all clients.
+        train: local training images, at least one.
+        validation: local images for choices such as hyper-parameters; empty if ``partition.validation-fraction``
+            of the client's images is less than one.
+        test: local test images, at least one.
+        union_test: test images of all clients of role train, in one fixed random order, so that the first ones
+            are a fair sample of all.
+        partition_digest: identifies the whole partition; equal on all clients and on the server.
+    """
+
+    name: str
+    role: Literal["train", "unseen"]
+    capacity: Fraction
+    classes: int
+    shape: tuple[int, int, int]
+    normaliser: Normaliser
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
+    union_test: LabelledImages
+    partition_digest: str
+
+    def class_counts(self) -> np.ndarray:
+        """Number of training images per class, int64 ``(C,)``; zero for a class that the client lacks."""
+        return np.bincount(self.train.selected_labels, minlength=self.classes)
+
+
+@lru_cache(maxsize=4)
+def _images(data: DataConfig, seed: int) -> ImageData:
+    return load_images(data, seed)
+
+
+@lru_cache(maxsize=4)
+def load_partition(config: FrampConfig, partitions: int) -> tuple[ImageData, Partition]:
+    """Load the images and the partition of a run; kept for the life of the process.
+
+    Args:
+        config: of the run; ``partition`` is scaled to ``partitions`` nodes by ``PartitionConfig.for_nodes``.
+        partitions: number of nodes, >= 1.
+
+    Raises:
+        DataError: the images cannot be read, or the partition leaves a client without images.
+    """
+    images = _images(config.data, config.seed)
+    scaled = config.model_copy(update={"partition": config.partition.for_nodes(partitions)})
+    return images, make_partition(scaled, images.train_labels, images.test_labels, images.classes)
+
+
+@lru_cache(maxsize=4)
+def _union(config: FrampConfig, partitions: int) -> LabelledImages:
+    images, partition = load_partition(config, partitions)
+    indices = np.sort(np.concatenate([client.test for client in partition.clients if client.role == "train"]))
+    order = stream(config.seed, "union-order").permutation(indices)
+    return LabelledImages(images.test_images, images.test_labels, order)
+
+
+def load_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
+    """Load one client of the run's partition.
+
+    Args:
+        config: of the run.
+        partition_id: index of the client, in [0, partitions).
+        partitions: number of nodes of the federation, training and unseen clients together.
+
+    Raises:
+        DataError: ``partition_id`` is out of range, or :func:`load_partition` fails.
+    """
+    if not 0 <= partition_id < partitions:
+        raise DataError(
+            f"partition-id {partition_id} is outside [0, {partitions}); give every node its own partition-id "
+            f"and all the same num-partitions"
+        )
+    images, partition = load_partition(config, partitions)
+    split = partition.clients[partition_id]
+    return ClientData(
+        name=split.name,
+        role=split.role,
+        capacity=split.capacity,
+        classes=images.classes,
+        shape=images.shape,
+        normaliser=images.normaliser,
+        train=LabelledImages(images.train_images, images.train_labels, split.train),
+        validation=LabelledImages(images.train_images, images.train_labels, split.validation),
+        test=LabelledImages(images.test_images, images.test_labels, split.test),
+        union_test=_union(config, partitions),
+        partition_digest=partition.digest,
+    )

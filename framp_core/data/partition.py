@@ -1,0 +1,291 @@
+"""Who holds which images: the partition of a data set over clients, and its manifest (DESIGN section 5)."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from framp_core.config import CapacityConfig, FrampConfig, PartitionConfig
+from framp_core.errors import DataError
+from framp_core.randomness import stream
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ClientSplit:
+    """The images of one client, as positions in the pools.
+
+    Attributes:
+        name: such as ``client-0007``.
+        role: ``train``, or ``unseen`` for a client that never trains.
+        capacity: gamma in (0, 1].
+        train: int64, ascending, positions in the train pool; at least one.
+        validation: int64, ascending, positions in the train pool; may be empty.
+        test: int64, ascending, positions in the test pool; at least one.
+    """
+
+    name: str
+    role: Literal["train", "unseen"]
+    capacity: Fraction
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """The split in JSON's types."""
+        return {
+            "name": self.name,
+            "role": self.role,
+            "capacity": str(self.capacity),
+            "train": self.train.tolist(),
+            "validation": self.validation.tolist(),
+            "test": self.test.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A data set divided over clients.
+
+    Attributes:
+        clients: in order of their index; those of role ``train`` come first.
+        labels_digest: SHA-256 of the labels of both pools (int64, little endian, train first).
+        seed: root seed that it was made with.
+        settings: the configuration sections ``partition`` and ``capacity`` that it was made with.
+    """
+
+    clients: tuple[ClientSplit, ...]
+    labels_digest: str
+    seed: int
+    settings: dict[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of ``{"labels_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
+
+        Equal digests mean the same images on the same clients, however they were arrived at.
+        """
+        content = {"labels_digest": self.labels_digest, "clients": [client.to_dict() for client in self.clients]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def manifest(self) -> dict[str, Any]:
+        """All that is needed to rebuild or to check the partition, in JSON's types."""
+        return {
+            "version": MANIFEST_VERSION,
+            "seed": self.seed,
+            **self.settings,
+            "labels_digest": self.labels_digest,
+            "digest": self.digest,
+            "clients": [client.to_dict() for client in self.clients],
+        }
+
+
+def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: np.ndarray, classes: int) -> Partition:
+    """Divide the train and test pools over ``config.partition.nodes`` clients.
+
+    A scheme decides how many images of each class a client gets; which ones is drawn at random.
+
+    - ``balanced-dirichlet`` (FIARSE): each client draws a class prior ~ Dir(alpha) and gets N / n images, classes
+      drawn from its prior; a class that is exhausted is drawn no more. Clients draw in a random order, one image at
+      a time, so that none is left with the remains. Sizes differ by one image if n does not divide N.
+    - ``dirichlet``: for each class, the shares of the clients are drawn ~ Dir(alpha). Sizes vary.
+    - ``classes-per-client``: each client holds that many classes, all classes being held equally often (within one);
+      the holders of a class share its images equally. A class that nobody holds is left out of both pools.
+    - ``iid``: the shuffled pool in equal parts.
+
+    Test data: ``independent`` draws the scheme anew. ``matched`` divides each class's test images among the clients
+    in proportion to their training images of that class (validation included), by largest remainder. A client that
+    rounding leaves without any is given one: of the classes that it holds, from the client that has most images of
+    one and more than that one image.
+
+    A client may lack classes, but not training or test images. ``validation_fraction`` of its training images,
+    rounded down, is drawn at random as validation data.
+
+    Args:
+        config: sections ``partition`` and ``capacity`` and the seed are used.
+        train_labels: int64 ``(N,)`` in [0, classes).
+        test_labels: int64 ``(M,)``.
+        classes: C, the number of classes.
+
+    Raises:
+        DataError: a client would end without training or test images, or more classes per client than there are.
+    """
+    settings, seed = config.partition, config.seed
+    available = np.bincount(test_labels, minlength=classes)
+    counts = _scheme_counts(np.bincount(train_labels, minlength=classes), settings, seed, "train")
+    _require_images(counts, settings, "training")
+    if settings.test_split == "matched":
+        test_counts = _matched_counts(counts, available)
+    else:
+        test_counts = _scheme_counts(available, settings, seed, "test")
+    _require_images(test_counts, settings, "test")
+    train = _deal(train_labels, counts, stream(seed, "partition-deal", "train"))
+    test = _deal(test_labels, test_counts, stream(seed, "partition-deal", "test"))
+    capacities = _capacities(config.capacity, settings, seed)
+    clients = []
+    for index, (own_train, own_test) in enumerate(zip(train, test, strict=True)):
+        kept, validation = _split_validation(own_train, settings.validation_fraction, seed, index)
+        role: Literal["train", "unseen"] = "train" if index < settings.clients else "unseen"
+        clients.append(ClientSplit(_name(index), role, capacities[index], kept, validation, own_test))
+    nested = config.to_nested()
+    return Partition(
+        clients=tuple(clients),
+        labels_digest=hashlib.sha256(np.concatenate([train_labels, test_labels]).astype("<i8").tobytes()).hexdigest(),
+        seed=seed,
+        settings={"partition": nested["partition"], "capacity": nested["capacity"]},
+    )
+
+
+def largest_remainder(total: int, weights: np.ndarray) -> np.ndarray:
+    """Divide ``total`` in proportion to ``weights``: round down, then one more to the largest remainders.
+
+    Args:
+        total: >= 0.
+        weights: ``(n,)``, >= 0, not all zero. Equal remainders are served by lowest index.
+
+    Returns:
+        int64 ``(n,)``, sum ``total``.
+    """
+    if np.issubdtype(weights.dtype, np.integer):
+        counts, remainders = np.divmod(total * weights, weights.sum())
+    else:
+        exact = total * (weights / weights.sum())
+        counts = np.floor(exact).astype(np.int64)
+        remainders = exact - counts
+    served = np.argsort(-remainders, kind="stable")[: total - counts.sum()]
+    counts[served] += 1
+    return counts
+
+
+def _name(index: int) -> str:
+    return f"client-{index:04d}"
+
+
+# --- schemes: (images available per class, settings, stream) -> counts (nodes, C) -------------------------------
+
+
+def _balanced_dirichlet(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
+    nodes, classes, total = settings.nodes, len(available), int(available.sum())
+    priors = rng.dirichlet(np.full(classes, settings.alpha), size=nodes)
+    owners = rng.permutation(np.arange(total) % nodes).tolist()
+    draws = rng.random(total).tolist()
+    remaining = available.tolist()
+    counts = np.zeros((nodes, classes), dtype=np.int64)
+    cumulative = _cumulative(priors, remaining)
+    for owner, draw in zip(owners, draws, strict=True):
+        own = cumulative[owner]
+        label = bisect_right(own, draw * own[-1])
+        counts[owner, label] += 1
+        remaining[label] -= 1
+        if not remaining[label]:
+            cumulative = _cumulative(priors, remaining)
+    return counts
+
+
+def _cumulative(priors: np.ndarray, remaining: Sequence[int]) -> list[list[float]]:
+    """Cumulative priors over the classes that are left; what is left itself where a prior has no mass there."""
+    left = np.array(remaining)
+    masked = priors * (left > 0)
+    masked[masked.sum(axis=1) == 0] = left
+    cumulative: list[list[float]] = masked.cumsum(axis=1).tolist()
+    return cumulative
+
+
+def _dirichlet(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
+    shares = rng.dirichlet(np.full(settings.nodes, settings.alpha), size=len(available))
+    return np.stack([largest_remainder(count, share) for count, share in zip(available, shares, strict=True)], axis=1)
+
+
+def _classes_per_client(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
+    classes, wanted = len(available), settings.classes_per_client
+    if wanted > classes:
+        raise DataError(
+            f"partition.classes-per-client={wanted} and the data set has {classes} classes; choose at most {classes}"
+        )
+    held = np.zeros((settings.nodes, classes), dtype=np.int64)
+    for own in held:
+        # The least held classes first, in random order among equals.
+        own[np.lexsort((rng.random(classes), held.sum(axis=0)))[:wanted]] = 1
+    counts = np.zeros_like(held)
+    for label in np.flatnonzero(held.sum(axis=0)):
+        counts[:, label] = largest_remainder(int(available[label]), held[:, label])
+    return counts
+
+
+def _iid(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
+    labels = rng.permutation(np.repeat(np.arange(len(available)), available))
+    parts = np.array_split(labels, settings.nodes)
+    return np.stack([np.bincount(part, minlength=len(available)) for part in parts])
+
+
+_SCHEMES: dict[str, Callable[[np.ndarray, PartitionConfig, np.random.Generator], np.ndarray]] = {
+    "balanced-dirichlet": _balanced_dirichlet,
+    "dirichlet": _dirichlet,
+    "classes-per-client": _classes_per_client,
+    "iid": _iid,
+}
+
+
+def _scheme_counts(available: np.ndarray, settings: PartitionConfig, seed: int, pool: str) -> np.ndarray:
+    return _SCHEMES[settings.scheme](available, settings, stream(seed, "partition-scheme", pool))
+
+
+def _matched_counts(train_counts: np.ndarray, available: np.ndarray) -> np.ndarray:
+    counts = np.zeros_like(train_counts)
+    for label in np.flatnonzero(train_counts.sum(axis=0)):
+        counts[:, label] = largest_remainder(int(available[label]), train_counts[:, label])
+    for client in np.flatnonzero(counts.sum(axis=1) == 0):
+        can_give = counts * (counts.sum(axis=1, keepdims=True) > 1) * (train_counts[client] > 0)
+        donor, label = np.unravel_index(can_give.argmax(), counts.shape)
+        if can_give[donor, label]:
+            counts[donor, label] -= 1
+            counts[client, label] += 1
+    return counts
+
+
+# --- from counts to images ----------------------------------------------------------------------------------------
+
+
+def _require_images(counts: np.ndarray, settings: PartitionConfig, kind: str) -> None:
+    without = np.flatnonzero(counts.sum(axis=1) == 0)
+    if len(without):
+        larger_alpha = ", a larger partition.alpha" if settings.scheme.endswith("dirichlet") else ""
+        raise DataError(
+            f"{_name(without[0])} and {len(without) - 1} other clients would have no {kind} image of the "
+            f"{counts.sum()} divided over {settings.nodes} clients by scheme {settings.scheme!r}; "
+            f"choose fewer partition.clients and unseen-clients{larger_alpha}, another seed, or more images"
+        )
+
+
+def _deal(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw ``counts[i, c]`` different images of class c for client i; positions ascending."""
+    hands: list[list[np.ndarray]] = [[] for _ in counts]
+    for label in range(counts.shape[1]):
+        deck = rng.permutation(np.flatnonzero(labels == label))
+        for hand, cards in zip(hands, np.split(deck, counts[:, label].cumsum())[:-1], strict=True):
+            hand.append(cards)
+    return [np.sort(np.concatenate(hand)) for hand in hands]
+
+
+def _split_validation(indices: np.ndarray, fraction: float, seed: int, client: int) -> tuple[np.ndarray, np.ndarray]:
+    shuffled = stream(seed, "validation-split", client).permutation(indices)
+    count = int(fraction * len(indices))
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def _capacities(config: CapacityConfig, settings: PartitionConfig, seed: int) -> list[Fraction]:
+    """Equal shares of the sizes (within one client) in each role."""
+    capacities: list[Fraction] = []
+    for role, count in (("train", settings.clients), ("unseen", settings.unseen_clients)):
+        shares = np.arange(count) * len(config.sizes) // max(count, 1)
+        if config.assignment == "shuffled":
+            shares = stream(seed, "capacity", role).permutation(shares)
+        capacities += [config.sizes[share] for share in shares]
+    return capacities

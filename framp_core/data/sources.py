@@ -1,0 +1,279 @@
+"""Image data sets as memory-mapped uint8 arrays: digits, CIFAR, or a folder of the user's own images."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from numpy.lib.format import open_memmap
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from framp_core.config import DataConfig
+from framp_core.data.cache import cached, file_stamps
+from framp_core.data.transforms import Normaliser
+from framp_core.errors import DataError
+from framp_core.randomness import stream
+
+TEST_SHARE = 0.2
+"""Share of each class that becomes test data where a source has no test split of its own."""
+
+_SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A labelled image data set with a train and a test pool.
+
+    Attributes:
+        train_images: uint8 ``(N, C, H, W)``, a read-only memory map.
+        train_labels: int64 ``(N,)`` in [0, number of classes).
+        test_images: uint8 ``(M, C, H, W)``, a read-only memory map.
+        test_labels: int64 ``(M,)``.
+        class_names: name of each label.
+        normaliser: measured on the train pool.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    normaliser: Normaliser
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def load_images(config: DataConfig, seed: int) -> ImageData:
+    """Open a data set, decoding it into the cache on first use.
+
+    - ``digits``: the 8x8 grey digits of scikit-learn, 0..16 scaled to 0..255, a fifth of each class as test data.
+    - ``cifar10``, ``cifar100``: the python version in ``config.root``, with its own split.
+    - ``image-folder``: ``root/train/<class>/*`` and ``root/test/<class>/*``, or ``root/<class>/*``, of which a fifth
+      of each class becomes test data. Images are RGB unless every one is grey. With ``config.image_size`` an image
+      is scaled and cut at the centre to a square of that side, keeping its proportions.
+
+    Args:
+        config: which images, from where.
+        seed: decides the test split where the source has none.
+
+    Raises:
+        DataError: files are missing, empty, damaged, of mixed sizes, or a class is missing in one split.
+    """
+    if config.name == "digits":
+        return _digits(config, seed)
+    if not config.root:
+        raise DataError(f"data.root is empty; data set {config.name!r} needs the absolute folder of its files")
+    root = Path(config.root)
+    if not root.is_dir():
+        raise DataError(f"data.root={config.root!r} is not a folder; give the absolute folder of {config.name!r}")
+    return _image_folder(config, root, seed) if config.name == "image-folder" else _cifar(config, root)
+
+
+# --- arrays in memory: digits and CIFAR -------------------------------------------------------------------------
+
+
+def _digits(config: DataConfig, seed: int) -> ImageData:
+    def build(folder: Path) -> None:
+        images, labels = load_digits(return_X_y=True)
+        pixels = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+        train, test = _stratified(labels, [str(digit) for digit in range(10)], seed)
+        for split, chosen in zip(_SPLITS, (train, test), strict=True):
+            _save_arrays(folder, split, pixels[chosen], labels[chosen], config.image_size)
+        _save_facts(folder, [str(digit) for digit in range(10)])
+
+    return _open(cached(config.cache, {"name": "digits", "seed": seed, "image-size": config.image_size}, build))
+
+
+def _cifar(config: DataConfig, root: Path) -> ImageData:
+    source: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.name]
+    names = [name for name, _ in source.train_list + source.test_list] + [source.meta["filename"]]
+    help_text = (
+        f"the python version of {config.name} must lie in {str(root / source.base_folder)!r}, files "
+        f"{', '.join(names)}; data.root is the folder around it. To download it: python -c "
+        f'"import torchvision; torchvision.datasets.{source.__name__}({str(root)!r}, download=True)"'
+    )
+
+    def build(folder: Path) -> None:
+        try:
+            parts = [source(root, train=train, download=False) for train in (True, False)]
+        except RuntimeError as error:
+            raise DataError(f"{config.name} is damaged ({error}): {help_text}") from error
+        for split, part in zip(_SPLITS, parts, strict=True):
+            _save_arrays(folder, split, part.data.transpose(0, 3, 1, 2), np.array(part.targets), config.image_size)
+        _save_facts(folder, parts[0].classes)
+
+    try:
+        stamps = file_stamps(root, [root / source.base_folder / name for name in names])
+    except FileNotFoundError as error:
+        raise DataError(f"{str(error.filename)!r} is missing: {help_text}") from error
+    identity = {"name": config.name, "root": str(root), "files": stamps, "image-size": config.image_size}
+    return _open(cached(config.cache, identity, build))
+
+
+# --- folders of image files ---------------------------------------------------------------------------------------
+
+
+def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
+    own_split = [name for name in _SPLITS if (root / name).is_dir()]
+    if len(own_split) == 1:
+        raise DataError(
+            f"{str(root)!r} has a folder {own_split[0]!r} alone; lay out train/<class>/ and test/<class>/, or <class>/"
+        )
+    identity: dict[str, Any] = {"name": config.name, "root": str(root), "image-size": config.image_size}
+    if own_split:
+        classes, *listings = _listed_splits(root)
+    else:
+        classes, listing = _listed(root)
+        parts = _stratified(np.array([label for _, label in listing]), classes, seed)
+        listings = [[listing[index] for index in part] for part in parts]
+        identity["seed"] = seed
+    try:
+        stamps = [file_stamps(root, (Path(path) for path, _ in listing)) for listing in listings]
+    except OSError as error:
+        raise DataError(f"{error.filename!r} cannot be read ({error.strerror}); repair or remove it") from error
+    build = partial(_decode, listings=listings, classes=classes, image_size=config.image_size)
+    return _open(cached(config.cache, {**identity, "files": stamps}, build))
+
+
+def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names of a folder of class folders, and (path, label) of every image in it."""
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(
+            f"{str(folder)!r} has {len(classes)} class folders; expected two or more, each with the images of one class"
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+    empty = set(labels.values()) - {label for _, label in files}
+    if empty:
+        raise DataError(
+            f"{str(folder)!r} has no image of class {', '.join(repr(classes[label]) for label in sorted(empty))}; "
+            f"add images ({', '.join(IMG_EXTENSIONS)}) or remove the folder"
+        )
+    return classes, files
+
+
+def _listed_splits(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+    (classes, train), (test_classes, test) = _listed(root / "train"), _listed(root / "test")
+    for here, there, only in (
+        ("train", "test", set(classes) - set(test_classes)),
+        ("test", "train", set(test_classes) - set(classes)),
+    ):
+        if only:
+            raise DataError(
+                f"class {', '.join(map(repr, sorted(only)))} is in {here!r} and not in {there!r} of "
+                f"{str(root)!r}; both splits must hold every class"
+            )
+    return classes, train, test
+
+
+def _decode(
+    folder: Path, listings: Sequence[Sequence[tuple[str, int]]], classes: Sequence[str], image_size: int
+) -> None:
+    first = listings[0][0][0]
+    size = _resized(_read(first), image_size).size
+    all_grey = True
+    for split, listing in zip(_SPLITS, listings, strict=True):
+        pixels = open_memmap(
+            folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(listing), 3, size[1], size[0])
+        )
+        for index, (path, _) in enumerate(listing):
+            image = _read(path)
+            all_grey = all_grey and image.mode in ("L", "1")
+            image = _resized(image.convert("RGB"), image_size)
+            if image.size != size:
+                raise DataError(
+                    f"{path!r} is {image.width}x{image.height} and {first!r} is {size[0]}x{size[1]} pixels; "
+                    f"set data.image-size to the side that all shall have"
+                )
+            pixels[index] = _channels_first(image)
+        pixels.flush()
+        np.save(folder / f"{split}_labels.npy", np.array([label for _, label in listing], dtype=np.int64))
+    if all_grey:
+        for split in _SPLITS:
+            file = folder / f"{split}_images.npy"
+            np.save(file, np.ascontiguousarray(np.load(file)[:, :1]))
+    _save_facts(folder, classes)
+
+
+def _read(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # A decoder may raise almost anything on damaged bytes.
+        raise DataError(f"{path!r} cannot be read as an image ({error}); repair or remove it") from error
+    if upright.mode.startswith(("I", "F")):
+        raise DataError(f"{path!r} has more than 8 bits per channel (mode {upright.mode}); convert it to 8 bits")
+    return upright
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _stratified(labels: np.ndarray, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of train and test images, ascending: a fifth of each class, at least one, is test data."""
+    test = []
+    for label, name in enumerate(names):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise DataError(f"class {name!r} has {len(members)} image; at least two are needed to split off test data")
+        count = max(1, round(TEST_SHARE * len(members)))
+        test.append(stream(seed, "test-split", label).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _resized(image: Image.Image, image_size: int) -> Image.Image:
+    return ImageOps.fit(image, (image_size, image_size)) if image_size else image
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _save_arrays(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarray, image_size: int) -> None:
+    """Save decoded images ``(N, C, H, W)`` and labels, resized where asked."""
+    if image_size:
+        layouts = (image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in pixels)
+        resized = (_channels_first(_resized(Image.fromarray(layout), image_size)) for layout in layouts)
+        pixels = np.stack(list(resized))
+    np.save(folder / f"{split}_images.npy", np.ascontiguousarray(pixels))
+    np.save(folder / f"{split}_labels.npy", labels.astype(np.int64))
+
+
+def _save_facts(folder: Path, class_names: Sequence[str]) -> None:
+    normaliser = Normaliser.of(np.load(folder / "train_images.npy", mmap_mode="r"))
+    facts = {"class_names": list(class_names), "mean": normaliser.mean, "std": normaliser.std}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _open(folder: Path) -> ImageData:
+    try:
+        # A plain array over the map: indexing a np.memmap is several times slower.
+        train_images, train_labels, test_images, test_labels = (
+            np.asarray(np.load(folder / f"{split}_{kind}.npy", mmap_mode="r"))
+            for split in _SPLITS
+            for kind in ("images", "labels")
+        )
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
+    normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
+    names = tuple(facts["class_names"])
+    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser)

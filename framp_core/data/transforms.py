@@ -1,0 +1,76 @@
+"""From stored uint8 pixels to network inputs: normalisation and augmentation."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Channel-wise standardisation ``(pixel / 255 - mean) / std``.
+
+    Attributes:
+        mean: one per channel, in [0, 1].
+        std: one per channel, > 0, in the same unit.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: np.ndarray, chunk: int = 1000) -> Self:
+        """Measure mean and standard deviation (population form) per channel.
+
+        Pixels are counted by value, so the result is exact and does not depend on ``chunk``.
+
+        Args:
+            images: uint8 ``(N, C, H, W)``, N >= 1; may be a memory map.
+            chunk: images read at a time.
+        """
+        counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+        for start in range(0, len(images), chunk):
+            part = images[start : start + chunk]
+            for channel, histogram in enumerate(counts):
+                histogram += np.bincount(part[:, channel].reshape(-1), minlength=256)
+        levels = np.arange(256) / 255
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        mean = shares @ levels
+        std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
+        # A constant channel carries nothing; dividing by one leaves it at zero.
+        return cls(tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Standardise uint8 ``(b, C, H, W)`` to float32 of the same shape, on the same device."""
+        mean = torch.tensor(self.mean, device=batch.device)[:, None, None]
+        std = torch.tensor(self.std, device=batch.device)[:, None, None]
+        return (batch.float() / 255 - mean) / std
+
+
+def augment(batch: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random crop and horizontal flip, drawn anew for every image.
+
+    Each image is padded with black by an eighth of its height and width on each side, cut back to its size at a
+    random place, and mirrored with probability one half.
+
+    Args:
+        batch: uint8 ``(b, C, H, W)``.
+        rng: stream of the random choices.
+
+    Returns:
+        uint8 ``(b, C, H, W)`` on the same device.
+    """
+    count, _, height, width = batch.shape
+    vertical, horizontal = height // 8, width // 8
+    top = rng.integers(0, 2 * vertical + 1, size=count)
+    left = rng.integers(0, 2 * horizontal + 1, size=count)
+    mirrored = torch.from_numpy(rng.random(count) < 0.5).to(batch.device)
+    padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
+    # A view of all crops, (b, C, places, places, H, W), of which one per image is copied.
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+    image, row, column = (torch.from_numpy(index).to(batch.device) for index in (np.arange(count), top, left))
+    cropped = crops[image, :, row, column]
+    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)

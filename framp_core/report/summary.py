@@ -1,0 +1,208 @@
+"""The events of a run, read once, and the numbers that summary.json keeps of them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from framp_core.config import FrampConfig, parse_capacity
+from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, by_capacity, summarise
+from framp_core.run_folder import SUMMARY, RunFolder, accuracies
+
+Event = dict[str, Any]
+PARTS = ("values", "mask", "prototypes", "framing")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Mean bytes of one client in one round, of the clients that took part.
+
+    Attributes:
+        capacity: gamma as a fraction, or ``"mean"``.
+        exchanges: pairs of messages that were averaged.
+        down: bytes from server to client by part.
+        up: bytes from client to server by part.
+    """
+
+    capacity: str
+    exchanges: int
+    down: dict[str, float]
+    up: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the events of a run say; of a killed run, as far as it came.
+
+    A round that was done again after a resume counts once, with its last result.
+
+    Attributes:
+        config: effective configuration.
+        start: the event that lists the clients, or None.
+        train: one event per training round, ascending.
+        evaluations: the evaluation events in the order they were written.
+    """
+
+    config: FrampConfig
+    start: Event | None
+    train: tuple[Event, ...]
+    evaluations: tuple[Event, ...]
+
+    @classmethod
+    def of(cls, run: RunFolder) -> "Record":
+        """Read the events of a run."""
+        events = run.events()
+        train = {event["round"]: event for event in events if event["kind"] == "train"}
+        starts = [event for event in events if event["kind"] == "start"]
+        return cls(
+            config=run.config,
+            start=starts[-1] if starts else None,
+            train=tuple(train[number] for number in sorted(train)),
+            evaluations=tuple(event for event in events if event["kind"] == "evaluate"),
+        )
+
+    @cached_property
+    def rows(self) -> list[ClientAccuracy]:
+        """Every measurement, by round."""
+        latest = {
+            (row.round, row.moment, row.population, row.client): row
+            for event in self.evaluations
+            for row in accuracies(event)
+        }
+        return [latest[key] for key in sorted(latest)]
+
+    @property
+    def clients(self) -> list[dict[str, Any]]:
+        """The clients that answered at the start."""
+        return list(self.start["clients"]) if self.start else []
+
+    @property
+    def capacities(self) -> list[str]:
+        """Sizes of the run, ascending."""
+        seen = [client["capacity"] for client in self.clients] + [row.capacity for row in self.rows]
+        return by_capacity(seen or [str(size) for size in self.config.capacity.sizes])
+
+    @property
+    def rounds(self) -> int:
+        """Last round that trained."""
+        return int(self.train[-1]["round"]) if self.train else 0
+
+    @property
+    def evaluated_rounds(self) -> list[int]:
+        """Rounds with measurements before fine-tuning, ascending."""
+        return sorted({row.round for row in self.rows if row.moment == "before"})
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in rounds and evaluations."""
+        return sum(event.get("seconds") or 0.0 for event in (*self.train, *self.evaluations))
+
+    @property
+    def refused(self) -> list[tuple[str, int, str, str]]:
+        """Refused replies: what was asked for, round, client, error."""
+        return [
+            (event["kind"], event["round"], reply["client"], reply["error"])
+            for event in (*self.train, *self.evaluations)
+            for reply in event.get("refused", [])
+        ]
+
+    def at(self, round: int, moment: Moment) -> list[ClientAccuracy]:
+        """The measurements of one round and moment."""
+        return [row for row in self.rows if row.round == round and row.moment == moment]
+
+    def last(self, moment: Moment) -> list[ClientAccuracy]:
+        """The measurements of the last evaluated round."""
+        return self.at(self.evaluated_rounds[-1], moment) if self.evaluated_rounds else []
+
+    def held(self, capacity: str) -> int | None:
+        """Parameters that a client of this size holds: k and the always-kept ones; None without a start event."""
+        if self.start is None:
+            return None
+        if self.config.extraction.name == "full":
+            return int(self.start["parameters"])
+        return int(parse_capacity(capacity) * self.start["maskable"]) + int(self.start["always_kept"])
+
+    def traffic(self) -> list[Traffic]:
+        """Mean bytes per client and round: one entry per size, then the mean over all exchanges."""
+        exchanges = [client for event in self.train for client in event["clients"]]
+        return [
+            _traffic(size, [exchange for exchange in exchanges if exchange["capacity"] == size])
+            for size in self.capacities
+        ] + [_traffic(MEAN, exchanges)]
+
+
+def finish(run: RunFolder) -> dict[str, Any]:
+    """Write clients.csv and then summary.json, whose presence says that the run finished.
+
+    Args:
+        run: a run that has written its last event.
+
+    Returns:
+        The content of summary.json, see :func:`summary_of`.
+    """
+    record = Record.of(run)
+    run.write_clients_csv(record.rows)
+    summary = summary_of(record)
+    run.write_json(SUMMARY, summary)
+    return summary
+
+
+def summary_of(record: Record) -> dict[str, Any]:
+    """The results of a run, or of as much of it as there is.
+
+    Returns:
+        ``rows``: one per size, ascending, and ``"mean"``; accuracies are fractions, bytes are means per participating
+        client and round, what is unknown is None. ``rows_after_fine_tuning``: the same, empty if that was off.
+        ``evaluated_round``, ``rounds``, ``seconds``, ``refused``, ``parameters``, ``config_digest``.
+    """
+    after = record.last("after")
+    return {
+        "rows": _rows(record, summarise(record.last("before"))),
+        "rows_after_fine_tuning": _rows(record, summarise(after)) if after else [],
+        "evaluated_round": record.evaluated_rounds[-1] if record.evaluated_rounds else None,
+        "rounds": record.rounds,
+        "seconds": record.seconds,
+        "refused": len(record.refused),
+        "parameters": record.start["parameters"] if record.start else None,
+        "config_digest": record.config.digest(),
+    }
+
+
+def _rows(record: Record, summaries: Sequence[SizeSummary]) -> list[dict[str, Any]]:
+    measured = {summary.capacity: summary for summary in summaries}
+    rows = []
+    for traffic in record.traffic():
+        summary = measured.get(traffic.capacity)
+        row: dict[str, Any] = {"capacity": traffic.capacity}
+        for column in COLUMNS:
+            spread = summary.column(column) if summary else None
+            row[column] = spread.mean if spread else None
+            row[f"{column}_std"] = spread.std if spread else None
+            row[f"{column}_worst_decile"] = spread.worst_decile if spread else None
+            row[f"{column}_clients"] = spread.clients if spread else 0
+        row["bytes_down"] = sum(traffic.down.values()) if traffic.exchanges else None
+        row["bytes_up"] = sum(traffic.up.values()) if traffic.exchanges else None
+        row["parameters_held"] = _held(record, traffic.capacity)
+        rows.append(row)
+    return rows
+
+
+def _held(record: Record, capacity: str) -> float | None:
+    if capacity != MEAN:
+        return record.held(capacity)
+    sizes = [client["capacity"] for client in record.clients if client["role"] == "train"]
+    held = [count for count in map(record.held, sizes) if count is not None]
+    return _mean(held) if held else None
+
+
+def _traffic(capacity: str, exchanges: Sequence[dict[str, Any]]) -> Traffic:
+    def parts(read: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, float]:
+        return {part: _mean([read(exchange).get(part, 0) for exchange in exchanges]) for part in PARTS}
+
+    down, up = parts(lambda exchange: exchange["down"]), parts(lambda exchange: exchange["up"])
+    return Traffic(capacity, len(exchanges), down, up)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0

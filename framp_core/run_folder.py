@@ -1,0 +1,310 @@
+"""The folder of a run: what it was, what happened, and what came out (DESIGN section 9).
+
+======================  =====================================================================
+config.toml             effective configuration
+environment.json        versions, platform, seed, fingerprint of the code
+manifest.json           the partition
+events.jsonl            one JSON object per event, appended and flushed while the run works
+checkpoint/             checkpoint.json, which names the safetensors file beside it
+masks.json              selection and overlap of the masks at the last evaluation
+summary.json            the results table; its presence says that the run finished
+clients.csv             every measurement of every client
+report.html, figures/   written by :mod:`framp_core.report`
+======================  =====================================================================
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from framp_core.config import FrampConfig
+from framp_core.errors import ConfigError, RunFolderError
+from framp_core.fingerprint import code_fingerprint
+from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
+
+PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "zstandard")
+
+CONFIG = "config.toml"
+ENVIRONMENT = "environment.json"
+MANIFEST = "manifest.json"
+EVENTS = "events.jsonl"
+CLIENTS = "clients.csv"
+SUMMARY = "summary.json"
+MASKS = "masks.json"
+CHECKPOINT = "checkpoint"
+
+
+class RunFolder:
+    """Reads and writes the folder of one run; made by :meth:`create` or :meth:`open`.
+
+    Attributes:
+        path: the folder.
+        config: the effective configuration.
+    """
+
+    def __init__(self, path: Path, config: FrampConfig) -> None:
+        self.path = path
+        self.config = config
+        self._board: Any = None
+        self._checked_tail = False
+
+    @classmethod
+    def create(cls, path: Path, config: FrampConfig, manifest: Mapping[str, Any]) -> "RunFolder":
+        """Start a run folder: configuration, environment and partition manifest.
+
+        Args:
+            path: a folder that does not exist or is empty; its parents are made.
+            config: effective configuration of the run.
+            manifest: JSON-able description of the partition; its ``"digest"`` is shown in the report.
+
+        Raises:
+            RunFolderError: the folder holds something already, or cannot be written.
+            ConfigError: TensorBoard is asked for and not installed.
+        """
+        if config.output.tensorboard:
+            _summary_writer()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            taken = sorted(entry.name for entry in path.iterdir())
+            if taken:
+                raise RunFolderError(
+                    f"the run folder {str(path)!r} exists and holds {', '.join(taken[:3])}; "
+                    "results are never overwritten: give output.folder another path or remove it"
+                )
+            run = cls(path, config)
+            run._replace(CONFIG, config.to_toml())
+            run.write_json(ENVIRONMENT, environment(config))
+            run.write_json(MANIFEST, manifest)
+        except OSError as error:
+            raise RunFolderError(
+                f"the run folder {str(path)!r} cannot be written ({error}); give output.folder a path that can"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open the folder of a run, finished or not.
+
+        Raises:
+            RunFolderError: no configuration lies in it, so it is not a run folder.
+            ConfigError: its configuration is not one of this version.
+        """
+        if not (path / CONFIG).is_file():
+            raise RunFolderError(f"{str(path)!r} is not a run folder: it holds no {CONFIG}; give the folder of a run")
+        return cls(path, FrampConfig.load(path / CONFIG))
+
+    def event(self, kind: str, round: int, **fields: Any) -> None:
+        """Append one event as a JSON line and flush it; non-finite numbers are written as null.
+
+        Args:
+            kind: what happened, such as ``"train"``.
+            round: training round, 0 before the first.
+            **fields: JSON-able values; fractions and NumPy scalars are converted.
+        """
+        line = json.dumps(_plain({"kind": kind, "round": round, **fields}), allow_nan=False)
+        self._drop_cut_line()
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if kind == "evaluate" and self.config.output.tensorboard:
+            self._write_scalars(accuracies(json.loads(line)))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in the order they were written; a last line that was cut by the end of the run is left out.
+
+        Raises:
+            RunFolderError: a line other than the last one is damaged.
+        """
+        if not self.has(EVENTS):
+            return []
+        lines = (self.path / EVENTS).read_bytes().split(b"\n")
+        found = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise RunFolderError(
+                    f"line {number} of {str(self.path / EVENTS)!r} is not JSON ({error}); the file was changed "
+                    "after the run; restore it or remove the line"
+                ) from error
+        return found
+
+    def write_clients_csv(self, rows: Iterable[ClientAccuracy]) -> None:
+        """Write every measurement as one line of clients.csv."""
+        temporary = self.path / f"{CLIENTS}.tmp"
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*(field.name for field in fields(ClientAccuracy)), "accuracy"])
+            for row in rows:
+                writer.writerow([*asdict(row).values(), f"{row.accuracy:.6f}"])
+        temporary.replace(self.path / CLIENTS)
+
+    def clients(self) -> list[ClientAccuracy]:
+        """The measurements of clients.csv.
+
+        Raises:
+            RunFolderError: the run wrote none yet.
+        """
+        self._require(CLIENTS)
+        with (self.path / CLIENTS).open(encoding="utf-8", newline="") as file:
+            return [_accuracy(row, int(row["round"])) for row in csv.DictReader(file)]
+
+    def has(self, name: str) -> bool:
+        """Whether the run wrote this file."""
+        return (self.path / name).is_file()
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write one JSON file whole or not at all; non-finite numbers are written as null."""
+        self._replace(name, json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+
+    def json(self, name: str) -> Any:
+        """Read one JSON file.
+
+        Raises:
+            RunFolderError: it is missing, or is not JSON.
+        """
+        self._require(name)
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(
+                f"{str(self.path / name)!r} is not JSON ({error}); the file was changed after the run; restore it"
+            ) from error
+
+    def write_checkpoint(self, tensors: Mapping[str, Tensor | np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: a safetensors file, then the JSON that names it, then the old file goes.
+
+        The JSON is renamed into place last, so a run killed at any moment leaves one whole checkpoint.
+
+        Args:
+            tensors: flat mapping of tensors, of any device and dtype.
+            meta: JSON-able state, such as the round; the key ``"tensors"`` is taken.
+        """
+        folder = self.path / CHECKPOINT
+        folder.mkdir(exist_ok=True)
+        old = sorted(folder.glob("*.safetensors"))
+        name = f"tensors-{max((int(file.stem.rpartition('-')[2]) for file in old), default=0) + 1:06d}.safetensors"
+        # Cloned because safetensors refuses tensors that share memory.
+        save_file({key: torch.as_tensor(value).detach().cpu().clone() for key, value in tensors.items()}, folder / name)
+        self.write_json(f"{CHECKPOINT}/checkpoint.json", {**meta, "tensors": name})
+        for file in old:
+            file.unlink()
+
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the state of the last checkpoint.
+
+        Raises:
+            RunFolderError: there is no checkpoint, or a part of it is missing.
+        """
+        meta = self.json(f"{CHECKPOINT}/checkpoint.json")
+        name = f"{CHECKPOINT}/{meta.pop('tensors')}"
+        self._require(name)
+        return load_file(self.path / name), meta
+
+    def _require(self, name: str) -> None:
+        if not self.has(name):
+            raise RunFolderError(
+                f"{str(self.path)!r} holds no {name}: the run stopped before it was written, or never writes it"
+            )
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def _drop_cut_line(self) -> None:
+        """A resumed run appends to the events of a killed one, whose last line may lack its end."""
+        if not self._checked_tail and self.has(EVENTS):
+            with (self.path / EVENTS).open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._checked_tail = True
+
+    def _write_scalars(self, rows: list[ClientAccuracy]) -> None:
+        if self._board is None:
+            self._board = _summary_writer()(str(self.path / "tensorboard"))
+        for summary in summarise(row for row in rows if row.moment == "before"):
+            for column in COLUMNS:
+                spread = summary.column(column)
+                if spread is not None:
+                    self._board.add_scalar(f"{column}/{summary.capacity}", spread.mean, rows[0].round)
+        self._board.flush()
+
+
+def accuracies(event: Mapping[str, Any]) -> list[ClientAccuracy]:
+    """The measurements in one ``"evaluate"`` event."""
+    return [_accuracy(row, event["round"]) for row in event["accuracies"]]
+
+
+def environment(config: FrampConfig) -> dict[str, Any]:
+    """Where the numbers come from: versions, platform, seed and fingerprint of the code."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "seed": config.seed,
+        "config_digest": config.digest(),
+        "fingerprint": code_fingerprint(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _accuracy(row: Mapping[str, Any], round: int) -> ClientAccuracy:
+    return ClientAccuracy(
+        client=row["client"],
+        role=row["role"],
+        capacity=row["capacity"],
+        round=round,
+        population=row["population"],
+        moment=row["moment"],
+        correct=int(row["correct"]),
+        total=int(row["total"]),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able copy; JSON has no NaN, and a diverged loss must not stop the run that reports it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Fraction | Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "output.tensorboard=true needs the tensorboard package, which is not installed; "
+            "run `pip install tensorboard`, or set output.tensorboard=false"
+        ) from error
+    return SummaryWriter

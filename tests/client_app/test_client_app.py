@@ -1,0 +1,135 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import app
+from client_app.client import Client
+from framp_core.codec import decode_update, encode_submodel
+from framp_core.config import FrampConfig, Scalar
+from framp_core.fingerprint import code_fingerprint
+from framp_core.layout import ParameterLayout
+from framp_core.masking import extract
+from framp_core.models import build_model, initial_parameters
+
+Build = Callable[..., FrampConfig]
+
+
+def ask(
+    config: FrampConfig,
+    kind: str,
+    payload: bytes = b"",
+    node: dict[str, Scalar] | None = None,
+    **instruction: Scalar,
+) -> RecordDict:
+    """The content of the ClientApp's reply."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    settings = {"fingerprint": code_fingerprint(), "round": 1, **instruction}
+    content = RecordDict({"config": ConfigRecord(settings), "framp": ConfigRecord({"payload": payload})})
+    message = Message(content, 5, kind)
+    message.metadata.__dict__["_message_id"] = "id"
+    node = {"partition-id": 0, "num-partitions": config.partition.nodes} if node is None else node
+    context = Context(run_id=1, node_id=5, node_config=node, state=RecordDict(), run_config=config.to_flat())
+    return app(message, context).content
+
+
+def submodel(config: FrampConfig, capacity: float = 0.25) -> tuple[bytes, np.ndarray, ParameterLayout]:
+    model = build_model(config.model, (1, 8, 8), 10)
+    layout = ParameterLayout.of(model)
+    theta = initial_parameters(model, 0).numpy()
+    mask = extract(theta, layout, config.extraction, capacity)
+    return encode_submodel(theta[mask], mask, None, layout, "float32").blob, mask, layout
+
+
+def test_train_answers_with_a_delta_on_the_kept_positions(tiny: Build) -> None:
+    config = tiny()
+    blob, mask, layout = submodel(config)
+    content = ask(config, "train", blob)
+    update = decode_update(content["framp"]["payload"], layout, mask, 10, 8)
+    assert update.delta_kept.shape == (mask.sum(),)
+    assert np.abs(update.delta_kept).max() > 0
+    assert content["metrics"]["steps"] == config.local.steps
+
+
+def test_instructions_override_the_configuration_for_one_message(tiny: Build) -> None:
+    config = tiny()
+    blob, *_ = submodel(config)
+    assert ask(config, "train", blob, **{"local.steps": 3})["metrics"]["steps"] == 3
+    assert ask(config, "train", blob)["metrics"]["steps"] == config.local.steps
+
+
+def test_evaluate_counts_are_those_of_a_plain_loop(tiny: Build) -> None:
+    config = tiny({"evaluation.local-prior-strength": 0.0})
+    blob, mask, _ = submodel(config)
+    metrics = ask(config, "evaluate", blob)["metrics"]
+    client = Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 5}, {})
+    model = build_model(config.model, (1, 8, 8), 10)
+    theta = torch.from_numpy(initial_parameters(model, 0).numpy() * mask)
+    parameters = ParameterLayout.of(model).split(theta)
+    for name, images in (("local", client.data.test), ("union", client.data.union_test)):
+        correct = 0
+        for position in range(len(images)):
+            image, label = images.batch(np.array([position]))
+            names = [name for name, _ in model.named_parameters()]
+            state = dict(zip(names, parameters, strict=True))
+            logits, _ = torch.func.functional_call(model, state, (client.data.normaliser(image),))
+            correct += int(logits.argmax() == label)
+        assert metrics[f"{name}-total"] == len(images)
+        assert abs(metrics[f"{name}-correct"] - correct) <= 1  # a tie within rounding may fall either way
+
+
+def test_union_is_a_sample_until_the_last_round(tiny: Build) -> None:
+    config = tiny({"evaluation.union-images": 50})
+    blob, *_ = submodel(config)
+    everything = len(Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 5}, {}).data.union_test)
+    assert ask(config, "evaluate", blob)["metrics"]["union-total"] == 50
+    assert ask(config, "evaluate", blob, final=True)["metrics"]["union-total"] == everything > 50
+
+
+def test_torch_threads_are_fixed_during_work_and_restored(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(Client, "describe", lambda self: seen.append(torch.get_num_threads()) or b"")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ask(tiny({"local.threads": 1}), "query.describe")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", ["query.describe", "train", "evaluate"])
+def test_every_failure_is_a_message_with_a_traceback(tiny: Build, kind: str) -> None:
+    content = ask(tiny(), kind, node={"partition-id": 99, "num-partitions": 5})
+    error = content["error"]
+    assert "99" in error["reason"]
+    assert "Traceback" in error["traceback"]
+
+
+def test_garbled_payload_is_a_protocol_error(tiny: Build) -> None:
+    blob, *_ = submodel(tiny())
+    assert ask(tiny(), "train", blob[:-3])["error"]["type"] == "TruncatedMessageError"
+
+
+def test_other_code_is_refused_by_name_of_its_folder(tiny: Build) -> None:
+    error = ask(tiny(), "train", b"", fingerprint="f" * 64)["error"]
+    assert error["type"] == "FingerprintMismatchError"
+    assert "framp_core" not in error["reason"]
+    assert code_fingerprint()[:12] in error["reason"]
+
+
+def test_unknown_override_is_refused(tiny: Build) -> None:
+    blob, *_ = submodel(tiny())
+    assert "did you mean" in ask(tiny(), "train", blob, **{"local.step": 3})["error"]["reason"]
+
+
+def test_state_of_the_node_is_never_touched(tiny: Build) -> None:
+    """A handler that changed ``Context.state`` and then failed would behave differently on each engine."""
+    context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config=tiny().to_flat())
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    app(Message(RecordDict(), 5, "train"), context)
+    assert list(context.state) == []

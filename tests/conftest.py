@@ -1,0 +1,36 @@
+"""Small configurations that several test files share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from framp_core.config import FrampConfig, Scalar
+
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
+
+TINY: dict[str, Scalar] = {
+    "rounds": 2,
+    "partition.clients": 4,
+    "partition.unseen-clients": 1,
+    "partition.scheme": "iid",
+    "model.widths": "8,8",
+    "model.groups": 4,
+    "generator.hidden": 8,
+    "local.steps": 2,
+    "server.clients-per-round": 3,
+    "evaluation.every": 1,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
+    """Build a configuration that runs in well under a second; keyword ``name`` names its run folder."""
+
+    def build(values: dict[str, Scalar] | None = None, name: str = "run") -> FrampConfig:
+        paths: dict[str, Scalar] = {"output.folder": str(tmp_path / name), "data.cache": str(tmp_path / "cache")}
+        return FrampConfig.from_flat({**TINY, **paths, **(values or {})})
+
+    return build

@@ -1,0 +1,55 @@
+"""The Ray engine: the same numbers, failures that show, and nothing left behind."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from framp.engines import run_flower, run_local
+from framp_core.config import FrampConfig
+from framp_core.errors import EngineError
+from framp_core.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def measured(run: RunFolder) -> list[dict[str, object]]:
+    """All events without their times."""
+    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in {"seconds", "time"}} for row in rows]
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails when a process survives that was started with a home below this test's folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield
+    homes = [_home_of(process) for process in psutil.process_iter() if process.pid != os.getpid()]
+    assert [home for home in homes if home.startswith(str(tmp_path))] == []
+
+
+def _home_of(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("FLWR_HOME", "")
+    except (psutil.Error, OSError):
+        return ""
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ray_and_in_process_engines_give_the_same_numbers(tiny: Callable[..., FrampConfig]) -> None:
+    values = {"engine.workers": 2}
+    flower = measured(run_flower(tiny(values, "flower")))
+    local = measured(run_local(tiny({"engine.workers": 1}, "local")))
+    assert flower == local
+    assert {row["kind"] for row in local} == {"start", "train", "evaluate"}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_run_that_fails_in_flower_raises_and_says_why(tiny: Callable[..., FrampConfig]) -> None:
+    config = tiny({"generator.name": "dense", "generator.max-parameters": 10})
+    with pytest.raises(EngineError, match="modulated"):
+        run_flower(config)

@@ -1,0 +1,125 @@
+import tomllib
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from framp_core.config import FrampConfig, parse_capacity, parse_override
+from framp_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted((ROOT / "presets").glob("*.toml"))
+
+
+def test_flat_keys_and_toml_round_trip(tmp_path: Path) -> None:
+    config = FrampConfig.from_flat({"seed": 7, "capacity.sizes": "1/8,1", "model.widths": "4,8"})
+    assert FrampConfig.from_flat(config.to_flat()) == config
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml())
+    assert FrampConfig.load(file) == config
+    assert config.capacity.sizes == (Fraction(1, 8), Fraction(1))
+
+
+def test_flat_values_are_what_flower_takes() -> None:
+    assert {type(value) for value in FrampConfig().to_flat().values()} <= {str, int, float, bool}
+
+
+def test_pyproject_declares_exactly_the_defaults() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["config"] == FrampConfig().to_nested()
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_load_and_differ_from_each_other(path: Path) -> None:
+    others = {FrampConfig.load(other).digest() for other in PRESETS if other != path}
+    assert FrampConfig.load(path).digest() not in others
+
+
+def test_digits_preset_is_the_default() -> None:
+    assert FrampConfig.load(ROOT / "presets" / "digits.toml") == FrampConfig()
+
+
+def test_paper_preset_follows_fiarse() -> None:
+    config = FrampConfig.load(ROOT / "presets" / "paper-cifar10.toml")
+    protocol = (config.partition.clients, config.server.clients_per_round, config.rounds, config.local.steps)
+    assert protocol == (100, 10, 800, 100)
+    assert (config.local.batch_size, config.local.learning_rate, config.partition.alpha) == (20, 0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"server.client-per-round": 3}, "did you mean 'server.clients-per-round'"),
+        ({"clients": 3}, "did you mean 'partition.clients'"),
+        ({"capacity.sizes": "0,1"}, "outside (0, 1]"),
+        ({"capacity.sizes": "1.5"}, "outside (0, 1]"),
+        ({"capacity.sizes": "small"}, "not a capacity"),
+        ({"capacity.sizes": ""}, "capacity"),
+        ({"rounds": "two"}, "rounds"),
+        ({"rounds": True}, "expected a int"),
+        ({"rounds": 0}, "greater than or equal to 1"),
+        ({"data.augment": "yes"}, "true or false"),
+        ({"data.root": "some/folder"}, "absolute"),
+        ({"local.learning-rate": float("nan")}, "finite"),
+        ({"data.name": "mnist"}, "image-folder"),
+    ],
+)
+def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FrampConfig.from_flat(values)
+    assert words in str(caught.value)
+
+
+def test_hyphens_and_underscores_are_the_same_key() -> None:
+    assert FrampConfig.from_flat({"local.learning_rate": "0.5"}) == FrampConfig.from_flat({"local.learning-rate": 0.5})
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "preset.toml"
+    file.write_text("rounds = 5\n[local]\nsteps = 3\n")
+    config = FrampConfig.load(file, {"rounds": "9"})
+    assert (config.rounds, config.local.steps) == (9, 3)
+
+
+def test_missing_file_names_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"digits\.toml"):
+        FrampConfig.load(ROOT / "presets" / "digit.toml")
+
+
+def test_broken_toml_is_a_config_error(tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match="TOML"):
+        FrampConfig.load(file)
+
+
+def test_override_needs_an_equals_sign() -> None:
+    assert parse_override("a.b=c=d") == ("a.b", "c=d")
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_override("rounds")
+
+
+@given(st.fractions(min_value=0, max_value=2))
+def test_capacity_is_accepted_exactly_in_its_range(value: Fraction) -> None:
+    if 0 < value <= 1:
+        assert parse_capacity(str(value)) == value
+    else:
+        with pytest.raises(ConfigError):
+            parse_capacity(str(value))
+
+
+def test_digest_ignores_where_and_how_but_not_what(tmp_path: Path) -> None:
+    base = FrampConfig()
+    same = FrampConfig.from_flat({"engine.workers": 2, "output.folder": str(tmp_path), "data.root": str(tmp_path)})
+    assert same.digest() == base.digest()
+    assert FrampConfig.from_flat({"seed": 1}).digest() != base.digest()
+
+
+@given(st.integers(1, 200))
+def test_partition_follows_the_number_of_nodes(nodes: int) -> None:
+    partition = FrampConfig().partition.for_nodes(nodes)
+    assert partition.nodes == nodes
+    assert partition.clients >= 1
+    assert abs(partition.unseen_clients - nodes * 4 / 24) <= 0.5

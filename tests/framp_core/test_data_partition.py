@@ -1,0 +1,333 @@
+import hashlib
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from framp_core.config import FrampConfig
+from framp_core.data.partition import ClientSplit, Partition, largest_remainder, make_partition
+from framp_core.errors import DataError
+
+SCHEMES = ["balanced-dirichlet", "dirichlet", "classes-per-client", "iid"]
+
+
+def config(**values):
+    names = {"seed": "seed", "sizes": "capacity.sizes", "assignment": "capacity.assignment"}
+    flat = {names.get(key, f"partition.{key.replace('_', '-')}"): value for key, value in values.items()}
+    return FrampConfig.from_flat(flat)
+
+
+def shuffled_labels(counts, seed):
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+def class_counts(labels, indices, classes):
+    return np.bincount(labels[indices], minlength=classes)
+
+
+def training_counts(partition, labels, classes):
+    """(clients, C), validation included."""
+    return np.stack(
+        [class_counts(labels, np.concatenate([c.train, c.validation]), classes) for c in partition.clients]
+    )
+
+
+@st.composite
+def problems(draw, schemes=SCHEMES, test_splits=("matched", "independent")):
+    classes = draw(st.integers(2, 5))
+    train = draw(st.lists(st.integers(4, 40), min_size=classes, max_size=classes))
+    test = draw(st.lists(st.integers(2, 15), min_size=classes, max_size=classes))
+    seed = draw(st.integers(0, 100))
+    settings_ = config(
+        seed=seed,
+        clients=draw(st.integers(1, 6)),
+        unseen_clients=draw(st.integers(0, 3)),
+        scheme=draw(st.sampled_from(schemes)),
+        alpha=draw(st.sampled_from([0.05, 0.3, 1.0, 100.0])),
+        classes_per_client=draw(st.integers(1, classes)),
+        test_split=draw(st.sampled_from(test_splits)),
+        validation_fraction=draw(st.sampled_from([0.0, 0.1, 0.5])),
+        sizes=draw(st.sampled_from(["1/64,1/16,1/4,1", "1/2,1", "1"])),
+        assignment=draw(st.sampled_from(["blocks", "shuffled"])),
+    )
+    return settings_, shuffled_labels(train, seed), shuffled_labels(test, seed + 1), classes
+
+
+def made(problem):
+    try:
+        return make_partition(*problem)
+    except DataError:
+        reject()
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(problems())
+def test_clients_are_disjoint_complete_and_never_empty(problem):
+    settings_, train_labels, test_labels, _ = problem
+    partition = made(problem)
+    used_train = np.concatenate([np.concatenate([c.train, c.validation]) for c in partition.clients])
+    used_test = np.concatenate([c.test for c in partition.clients])
+    assert len(np.unique(used_train)) == len(used_train)
+    assert len(np.unique(used_test)) == len(used_test)
+    assert all(len(client.train) and len(client.test) for client in partition.clients)
+    fraction = settings_.partition.validation_fraction
+    for client in partition.clients:
+        assert len(client.validation) == int(fraction * (len(client.train) + len(client.validation)))
+        for indices in (client.train, client.validation, client.test):
+            assert indices.dtype == np.int64
+            np.testing.assert_array_equal(indices, np.sort(indices))
+    held = range(problem[3])
+    if settings_.partition.scheme == "classes-per-client":
+        held = np.unique(train_labels[used_train])
+        if settings_.partition.test_split == "independent":
+            assert set(used_test) == set(np.flatnonzero(np.isin(test_labels, np.unique(test_labels[used_test]))))
+            return
+    assert set(used_train) == set(np.flatnonzero(np.isin(train_labels, held)))
+    assert set(used_test) == set(np.flatnonzero(np.isin(test_labels, held)))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(problems(schemes=["balanced-dirichlet", "iid"]))
+def test_balanced_sizes_are_equal_within_one(problem):
+    settings_, train_labels, test_labels, classes = problem
+    partition = made(problem)
+    sizes = training_counts(partition, train_labels, classes).sum(axis=1)
+    nodes = settings_.partition.nodes
+    assert sorted(sizes) == sorted(len(train_labels) // nodes + (i < len(train_labels) % nodes) for i in range(nodes))
+    if settings_.partition.test_split == "independent":
+        assert np.ptp([len(client.test) for client in partition.clients]) <= 1
+
+
+def slow_largest_remainder(total, weights):
+    exact = [Fraction(total * int(weight), int(sum(weights))) for weight in weights]
+    counts = [int(share) for share in exact]
+    while sum(counts) < total:
+        winner = max(range(len(counts)), key=lambda i: (exact[i] - counts[i], -i))
+        counts[winner] += 1
+    return counts
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(0, 50), st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any))
+def test_largest_remainder_equals_exact_fractions(total, weights):
+    assert largest_remainder(total, np.array(weights)).tolist() == slow_largest_remainder(total, weights)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(0, 50), st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda w: sum(w) > 1e-3))
+def test_largest_remainder_of_real_shares_is_within_one_of_them(total, weights):
+    counts = largest_remainder(total, np.array(weights))
+    assert counts.sum() == total
+    assert np.all(np.abs(counts - total * np.array(weights) / sum(weights)) < 1 + 1e-9)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(problems(test_splits=["matched"]))
+def test_matched_test_data_follow_the_training_counts(problem):
+    _, train_labels, test_labels, classes = problem
+    partition = made(problem)
+    train = training_counts(partition, train_labels, classes).tolist()
+    expected = [[0] * classes for _ in train]
+    for label in range(classes):
+        weights = [counts[label] for counts in train]
+        if any(weights):
+            shares = slow_largest_remainder(int((test_labels == label).sum()), weights)
+            for client, share in enumerate(shares):
+                expected[client][label] = share
+    for client, own in enumerate(expected):
+        if not any(own):
+            _, donor, label = max(
+                (expected[donor][label], -donor, -label)
+                for donor in range(len(train))
+                for label in range(classes)
+                if train[client][label] and sum(expected[donor]) > 1
+            )
+            expected[-donor][-label] -= 1
+            own[-label] += 1
+    assert [class_counts(test_labels, c.test, classes).tolist() for c in partition.clients] == expected
+
+
+def test_matched_gives_a_client_that_rounding_left_out_one_image_of_its_own_class():
+    # 10 clients hold two of 20 images of one class each; six test images go to six of them, and the other four
+    # can take none of theirs (each giver has one), so the split is refused; with eleven images, all get one.
+    labels = np.zeros(20, dtype=np.int64)
+    asked = config(clients=10, unseen_clients=0, scheme="iid")
+    with pytest.raises(DataError, match="client-0006 and 3 other clients would have no test image"):
+        make_partition(asked, labels, np.zeros(6, dtype=np.int64), 1)
+    # Client 1 holds few images of either class, and rounds to zero in both.
+    train = np.array([[9, 1], [1, 1], [1, 9]])
+    from framp_core.data.partition import _matched_counts
+
+    before = np.stack([largest_remainder(4, train[:, label]) for label in (0, 1)], axis=1)
+    assert before.tolist() == [[4, 0], [0, 0], [0, 4]]
+    assert _matched_counts(train, np.array([4, 4])).tolist() == [[3, 0], [1, 0], [0, 4]]
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(problems())
+def test_same_seed_same_partition_other_seed_other_partition(problem):
+    settings_, *rest = problem
+    partition = made(problem)
+    assert make_partition(settings_, *rest).digest == partition.digest
+    if settings_.partition.nodes > 1 and len(rest[0]) > 30:
+        try:
+            other = make_partition(settings_.model_copy(update={"seed": settings_.seed + 1}), *rest)
+        except DataError:
+            return
+        assert other.digest != partition.digest
+
+
+def test_digest_sees_labels_capacities_and_indices():
+    train, test = shuffled_labels([20, 20], 0), shuffled_labels([10, 10], 1)
+    digests = {
+        make_partition(config(scheme="iid", clients=4, unseen_clients=0, **change), train, labels, 2).digest
+        for change, labels in (
+            ({}, test),
+            ({"sizes": "1/2,1"}, test),
+            ({"seed": 1}, test),
+            ({"validation_fraction": 0.5}, test),
+            ({}, np.roll(test, 1)),
+        )
+    }
+    assert len(digests) == 5
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    clients=st.integers(1, 30),
+    unseen=st.integers(0, 12),
+    sizes=st.sampled_from(["1/64,1/16,1/4,1", "1/3,1/2,1", "1"]),
+    assignment=st.sampled_from(["blocks", "shuffled"]),
+)
+def test_capacities_come_in_equal_shares_in_each_role(clients, unseen, sizes, assignment):
+    labels = np.zeros(clients + unseen, dtype=np.int64)
+    asked = config(clients=clients, unseen_clients=unseen, scheme="iid", sizes=sizes, assignment=assignment)
+    partition = make_partition(asked, labels, labels, 1)
+    assert [client.role for client in partition.clients] == ["train"] * clients + ["unseen"] * unseen
+    assert [client.name for client in partition.clients][:2] == ["client-0000", "client-0001"][: clients + unseen]
+    for role, count in (("train", clients), ("unseen", unseen)):
+        own = [client.capacity for client in partition.clients if client.role == role]
+        shares = [own.count(size) for size in asked.capacity.sizes]
+        assert sum(shares) == count
+        assert max(shares) - min(shares) <= 1
+        if assignment == "blocks":
+            assert own == sorted(own)
+
+
+def test_shuffled_capacities_differ_from_blocks():
+    labels = np.zeros(40, dtype=np.int64)
+    own = {
+        assignment: [
+            client.capacity
+            for client in make_partition(
+                config(clients=40, unseen_clients=0, scheme="iid", assignment=assignment), labels, labels, 1
+            ).clients
+        ]
+        for assignment in ("blocks", "shuffled")
+    }
+    assert own["blocks"] != own["shuffled"]
+    assert sorted(own["blocks"]) == sorted(own["shuffled"])
+
+
+def skew(**values):
+    """Mean share of a client's most frequent class; 0.1 at best with ten classes."""
+    train, test = shuffled_labels([200] * 10, 0), shuffled_labels([50] * 10, 1)
+    partition = make_partition(config(clients=16, unseen_clients=4, **values), train, test, 10)
+    counts = training_counts(partition, train, 10)
+    return (counts.max(axis=1) / counts.sum(axis=1)).mean()
+
+
+@pytest.mark.parametrize("scheme", ["balanced-dirichlet", "dirichlet"])
+def test_small_alpha_is_skewed_large_alpha_is_not(scheme):
+    assert skew(scheme=scheme, alpha=0.1) > 0.5
+    assert skew(scheme=scheme, alpha=1000.0) < 0.2
+    assert skew(scheme="iid") < 0.2
+
+
+def test_late_clients_are_not_left_with_the_remains():
+    """Drawn client by client, the last ones would hold whatever classes the others had not exhausted."""
+    train, test = shuffled_labels([200] * 10, 0), shuffled_labels([50] * 10, 1)
+    shares = []
+    for seed in range(10):
+        asked = config(seed=seed, clients=20, unseen_clients=0, alpha=0.1)
+        counts = training_counts(make_partition(asked, train, test, 10), train, 10)
+        shares.append(counts.max(axis=1) / counts.sum(axis=1))
+    early, late = np.mean(shares, axis=0)[:5].mean(), np.mean(shares, axis=0)[-5:].mean()
+    assert abs(early - late) < 0.1
+
+
+def test_classes_per_client_holds_that_many_shared_equally():
+    train, test = shuffled_labels([60] * 10, 0), shuffled_labels([20] * 10, 1)
+    asked = config(clients=12, unseen_clients=3, scheme="classes-per-client", classes_per_client=2)
+    counts = training_counts(make_partition(asked, train, test, 10), train, 10)
+    assert ((counts > 0).sum(axis=1) == 2).all()
+    assert ((counts > 0).sum(axis=0) == 3).all()  # 15 clients, 2 classes each, 10 classes
+    assert set(counts[counts > 0]) == {20}
+
+
+def test_independent_test_data_do_not_follow_the_training_prior():
+    train, test = shuffled_labels([200] * 10, 0), shuffled_labels([100] * 10, 1)
+    correlation = {}
+    for split in ("matched", "independent"):
+        asked = config(clients=20, unseen_clients=0, alpha=0.1, test_split=split)
+        partition = make_partition(asked, train, test, 10)
+        ours = training_counts(partition, train, 10).ravel()
+        theirs = np.stack([class_counts(test, c.test, 10) for c in partition.clients]).ravel()
+        correlation[split] = np.corrcoef(ours, theirs)[0, 1]
+    assert correlation["matched"] > 0.99
+    assert abs(correlation["independent"]) < 0.3
+
+
+def test_the_manifest_rebuilds_the_split():
+    train, test = shuffled_labels([30] * 4, 0), shuffled_labels([10] * 4, 1)
+    original = make_partition(config(clients=5, unseen_clients=2, seed=3), train, test, 4)
+    manifest = json.loads(json.dumps(original.manifest()))
+
+    indices = {"train", "validation", "test"}
+    clients = tuple(
+        ClientSplit(
+            **{key: np.array(value, dtype=np.int64) if key in indices else value for key, value in client.items()}
+        )
+        for client in manifest["clients"]
+    )
+    rebuilt = Partition(clients, manifest["labels_digest"], manifest["seed"], {})
+    assert rebuilt.digest == original.digest == manifest["digest"]
+    for ours, theirs in zip(rebuilt.clients, original.clients, strict=True):
+        np.testing.assert_array_equal(ours.train, theirs.train)
+        assert Fraction(ours.capacity) == theirs.capacity
+
+    content = {key: manifest[key] for key in ("labels_digest", "clients")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
+    labels = np.concatenate([train, test]).astype("<i8").tobytes()
+    assert hashlib.sha256(labels).hexdigest() == manifest["labels_digest"]
+
+    flat = {"seed": manifest["seed"]}
+    for section in ("partition", "capacity"):
+        flat |= {f"{section}.{key}": value for key, value in manifest[section].items()}
+    assert make_partition(FrampConfig.from_flat(flat), train, test, 4).digest == manifest["digest"]
+
+
+def test_a_client_without_images_is_refused_with_advice():
+    few = np.array([0, 0, 0, 1, 1, 1])
+    with pytest.raises(DataError, match=r"client-0006 and 1 other .* no training image .*fewer partition.clients"):
+        make_partition(config(clients=6, unseen_clients=2, scheme="iid"), few, few, 2)
+    with pytest.raises(DataError, match=r"client-\d{4} .* larger partition.alpha"):
+        make_partition(config(clients=20, unseen_clients=0, scheme="dirichlet", alpha=0.01), few, few, 2)
+
+
+def test_more_classes_per_client_than_classes_is_refused():
+    labels = shuffled_labels([10, 10], 0)
+    with pytest.raises(DataError, match="classes-per-client=3 and the data set has 2 classes"):
+        make_partition(config(scheme="classes-per-client", classes_per_client=3, clients=2), labels, labels, 2)
+
+
+def test_a_prior_without_mass_on_what_is_left_takes_from_what_is_left():
+    labels = shuffled_labels([50, 1, 1], 0)
+    asked = config(clients=4, unseen_clients=0, alpha=1e-3, test_split="independent")
+    counts = training_counts(make_partition(asked, labels, labels, 3), labels, 3)
+    assert counts.sum(axis=0).tolist() == [50, 1, 1]
+    assert counts.sum(axis=1).tolist() == [13] * 4

@@ -1,0 +1,69 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from framp_core.layout import ParameterLayout
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 5))
+
+
+def test_slots_against_a_table_by_hand():
+    layout = ParameterLayout.of(small_network())
+    rows = [(s.name, s.shape, s.fan_in, s.maskable, s.offset) for s in layout.slots]
+    assert rows == [
+        ("0.weight", (4, 3, 3, 3), 3 * 3 * 3, True, 0),
+        ("1.weight", (4,), 1, False, 108),
+        ("1.bias", (4,), 1, False, 112),
+        ("3.weight", (5, 16), 16, True, 116),
+        ("3.bias", (5,), 1, False, 196),
+    ]
+    assert (layout.size, layout.maskable_size, layout.always_kept_size) == (201, 108 + 80, 4 + 4 + 5)
+
+
+def test_vectors_repeat_the_slot_of_each_element():
+    layout = ParameterLayout.of(small_network())
+    expected_fan_in = [27] * 108 + [1] * 8 + [16] * 80 + [1] * 5
+    expected_maskable = [True] * 108 + [False] * 8 + [True] * 80 + [False] * 5
+    assert layout.fan_in.tolist() == expected_fan_in
+    assert layout.maskable.tolist() == expected_maskable
+
+
+def test_grouped_convolution_counts_the_inputs_of_its_group():
+    layout = ParameterLayout.of(nn.Conv2d(8, 8, 3, groups=8))
+    assert [(slot.name, slot.fan_in) for slot in layout.slots] == [("weight", 9), ("bias", 1)]
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    leading=st.lists(st.integers(0, 3), max_size=2),
+)
+def test_split_takes_the_slices_and_join_inverts_it(widths, leading):
+    layers = [nn.Linear(narrow, wide) for narrow, wide in pairwise(widths)]
+    layout = ParameterLayout.of(nn.Sequential(*layers))
+    flat = torch.arange(math.prod(leading) * layout.size, dtype=torch.float32).reshape(*leading, layout.size)
+    parts = layout.split(flat)
+    for part, slot in zip(parts, layout.slots, strict=True):
+        assert torch.equal(part, flat[..., slot.slice].reshape(*leading, *slot.shape))
+    if not leading:
+        assert torch.equal(layout.join(parts), flat)
+
+
+def test_join_follows_the_order_of_the_parameters():
+    model = small_network()
+    by_hand = np.concatenate([parameter.detach().numpy().ravel() for parameter in model.parameters()])
+    assert np.array_equal(ParameterLayout.of(model).join(list(model.parameters())).detach().numpy(), by_hand)
+
+
+@settings(derandomize=True, deadline=None)
+@given(numerator=st.integers(1, 64))
+def test_kept_is_the_floor(numerator):
+    layout = ParameterLayout.of(small_network())
+    assert layout.kept(numerator / 64) == (numerator * 188) // 64

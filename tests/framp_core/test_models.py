@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from framp_core.config import ModelConfig
+from framp_core.errors import ModelError
+from framp_core.layout import ParameterLayout
+from framp_core.models import FlatModel, build_model, initial_parameters
+
+RESNET18 = ModelConfig(name="resnet18", widths=(64, 128, 256, 512))
+TINY = {
+    "conv": ModelConfig(name="conv", widths=(4, 6), groups=2),
+    "mlp": ModelConfig(name="mlp", widths=(7, 6)),
+    "resnet18": ModelConfig(name="resnet18", widths=(4, 4, 6, 6), groups=2),
+}
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_resnet18_has_the_published_number_of_parameters():
+    layout = ParameterLayout.of(build_model(RESNET18, (3, 32, 32), 10))
+    # FIARSE ranks the head's bias as well: 11,164,352 maskable here and its 10 make 11,164,362 there.
+    assert (layout.size, layout.maskable_size) == (11_173_962, 11_164_352)
+
+
+def test_conv_net_has_the_published_number_of_parameters():
+    widths = (32, 64, 96, 96)
+    model = build_model(ModelConfig(widths=widths), (3, 16, 16), 10)
+    convolutions = 9 * (3 * 32 + 32 * 64 + 64 * 96 + 96 * 96)
+    assert ParameterLayout.of(model).size == convolutions + 2 * sum(widths) + 96 * 10 + 10 == 159_082
+
+
+@pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+def test_forward_returns_logits_and_the_features_they_come_from(config):
+    model = build_model(config, (3, 8, 8), 5)
+    logits, features = model(images(2, 3, 8, 8))
+    assert logits.shape == (2, 5)
+    assert features.shape == (2, model.feature_size) == (2, config.widths[-1])
+    assert torch.allclose(logits, model.head(features))
+
+
+def test_conv_net_takes_images_down_to_one_pixel():
+    model = build_model(ModelConfig(widths=(4, 4, 4, 4), groups=1), (1, 1, 1), 3)
+    assert model(images(2, 1, 1, 1))[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["conv", "resnet18"])
+def test_widths_that_the_groups_do_not_divide_are_refused(name):
+    config = ModelConfig(name=name, widths=(8, 8, 12, 8), groups=8)
+    with pytest.raises(ModelError, match=r"12 channels .* 8 normalisation groups.*model\.groups"):
+        build_model(config, (3, 8, 8), 5)
+
+
+def test_resnet18_needs_four_widths():
+    with pytest.raises(ModelError, match="four stages"):
+        build_model(ModelConfig(name="resnet18", widths=(8, 8)), (3, 8, 8), 5)
+
+
+@pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+def test_flat_gradient_equals_ordinary_autograd(config):
+    model = build_model(config, (3, 8, 8), 5)
+    layout = ParameterLayout.of(model)
+    theta = initial_parameters(model, 0)
+    inputs, labels = images(6, 3, 8, 8), torch.arange(6) % 5
+
+    parameters = {
+        slot.name: part.requires_grad_() for slot, part in zip(layout.slots, layout.split(theta), strict=True)
+    }
+    logits, _ = torch.func.functional_call(model, parameters, (inputs,))
+    expected = torch.autograd.grad(F.cross_entropy(logits, labels), list(parameters.values()))
+
+    flat = FlatModel(model)
+    flat.load(theta.detach())
+    F.cross_entropy(flat(inputs)[0], labels).backward()
+    assert torch.allclose(flat.flat_gradient, layout.join(expected), atol=1e-6)
+    assert flat.flat_gradient.abs().sum() > 0
+
+
+def test_an_optimizer_on_the_flat_vector_trains_the_network():
+    flat = FlatModel(build_model(TINY["mlp"], (1, 2, 2), 3))
+    flat.load(initial_parameters(flat.model, 0))
+    before = flat.flat.detach().clone()
+    inputs = torch.ones(1, 1, 2, 2)
+    flat(inputs)[0][0, 0].backward()
+    gradient = flat.flat_gradient.clone()
+    torch.optim.SGD([flat.flat], lr=0.5).step()
+    expected = before - 0.5 * gradient
+    assert torch.allclose(flat.flat, expected)
+    assert torch.equal(flat.layout.join(list(flat.model.parameters())), flat.flat)
+
+
+def test_flat_gradient_accumulates_until_zeroed():
+    flat = FlatModel(build_model(TINY["mlp"], (1, 2, 2), 3))
+    flat.load(initial_parameters(flat.model, 0))
+    inputs = torch.ones(1, 1, 2, 2)
+    flat(inputs)[0].sum().backward()
+    once = flat.flat_gradient.clone()
+    flat(inputs)[0].sum().backward()
+    assert torch.allclose(flat.flat_gradient, 2 * once)
+
+
+def test_initial_parameters_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    model = build_model(TINY["conv"], (3, 8, 8), 5)
+    before = torch.get_rng_state()
+    first = initial_parameters(model, 3)
+    assert torch.equal(before, torch.get_rng_state()), "the global random state must be left alone"
+    torch.manual_seed(2)
+    assert torch.equal(first, initial_parameters(build_model(TINY["conv"], (3, 8, 8), 5), 3))
+    assert not torch.equal(first, initial_parameters(model, 4))
+
+
+def test_initial_parameters_have_the_stated_scale():
+    model = build_model(ModelConfig(widths=(32, 64), groups=8), (3, 8, 8), 100)
+    layout = ParameterLayout.of(model)
+    parts = dict(zip((slot.name for slot in layout.slots), layout.split(initial_parameters(model, 0)), strict=True))
+    for name, variance in {
+        "features.0.weight": 2 / 27,
+        "features.4.weight": 2 / (32 * 9),
+        "head.weight": 1 / 64,
+    }.items():
+        # The relative standard error of a sample variance of m normal values is sqrt(2 / m); five of them.
+        tolerance = 5 * math.sqrt(2 / parts[name].numel())
+        assert parts[name].var().item() == pytest.approx(variance, rel=tolerance)
+        assert abs(parts[name].mean().item()) < 5 * math.sqrt(variance / parts[name].numel())
+    assert torch.equal(parts["features.1.weight"], torch.ones(32))
+    assert torch.equal(parts["features.1.bias"], torch.zeros(32))
+    assert torch.equal(parts["head.bias"], torch.zeros(100))
+
+
+def test_every_normalisation_is_group_norm():
+    norms = [
+        layer for layer in build_model(TINY["resnet18"], (3, 8, 8), 5).modules() if isinstance(layer, nn.GroupNorm)
+    ]
+    assert len(norms) == 1 + 8 * 2 + 3
