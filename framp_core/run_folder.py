@@ -63,7 +63,7 @@ class RunFolder:
         self._checked_tail = False
 
     @classmethod
-    def create(cls, path: Path, config: FrampConfig, manifest: Mapping[str, Any]) -> "RunFolder":
+    def create(cls, path: Path, config: FrampConfig) -> "RunFolder":
         """Start a run folder: configuration, environment and partition manifest.
 
         Args:
@@ -88,7 +88,6 @@ class RunFolder:
             run = cls(path, config)
             run._replace(CONFIG, config.to_toml())
             run.write_json(ENVIRONMENT, environment(config))
-            run.write_json(MANIFEST, manifest)
         except OSError as error:
             raise RunFolderError(
                 f"the run folder {str(path)!r} cannot be written ({error}); give output.folder a path that can"

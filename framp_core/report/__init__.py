@@ -2,6 +2,6 @@
 
 from framp_core.report.html import write_report
 from framp_core.report.summary import finish
-from framp_core.report.tables import results_table
+from framp_core.report.tables import plain_lines, results_table
 
-__all__ = ["finish", "results_table", "write_report"]
+__all__ = ["finish", "plain_lines", "results_table", "write_report"]

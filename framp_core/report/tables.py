@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -169,3 +171,11 @@ def _rendered(cell: Cell) -> Text:
 def cells(rows: Sequence[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
     """Rows of plain strings as cells."""
     return tuple(tuple(Cell(text) for text in row) for row in rows)
+
+
+def plain_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The results table as lines of plain text, for logs."""
+    console = Console(width=160, no_color=True, highlight=False, file=StringIO())
+    with console.capture() as capture:
+        console.print(results_table(summary))
+    return capture.get().rstrip().splitlines()

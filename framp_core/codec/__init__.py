@@ -1,0 +1,34 @@
+"""The only place that turns tensors into bytes and counts them (DESIGN section 8)."""
+
+from framp_core.codec.masks import decode_mask, encode_mask
+from framp_core.codec.messages import (
+    PROTOCOL_VERSION,
+    Encoded,
+    Submodel,
+    Update,
+    decode_descriptor,
+    decode_submodel,
+    decode_update,
+    encode_descriptor,
+    encode_submodel,
+    encode_update,
+)
+from framp_core.codec.values import ValueFormat, decode_values, encode_values
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Encoded",
+    "Submodel",
+    "Update",
+    "ValueFormat",
+    "decode_descriptor",
+    "decode_mask",
+    "decode_submodel",
+    "decode_update",
+    "decode_values",
+    "encode_descriptor",
+    "encode_mask",
+    "encode_submodel",
+    "encode_update",
+    "encode_values",
+]
