@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Self
 
-import numpy as np
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
-from framp_core.codec import decode_submodel, encode_descriptor, encode_update
+from framp_core.codec import Submodel, decode_submodel, encode_descriptor, encode_update
 from framp_core.config import FrampConfig, ModelConfig, Scalar, parse_capacity
 from framp_core.data import ClientData, LabelledImages, load_client
 from framp_core.descriptors import build_descriptor
@@ -111,7 +110,7 @@ class Client:
         device = resolve_device(self.config.local.device)
         return _flat_model(self.config.model, self.data.shape, self.data.classes, device)
 
-    def card(self) -> dict[str, Scalar | list[int]]:
+    def card(self) -> dict[str, ConfigRecordValues]:
         """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
         return {
             "name": self.data.name,
@@ -129,10 +128,9 @@ class Client:
         vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
         return encode_descriptor(vector, self.data.class_counts()).blob
 
-    def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, int | float]]:
+    def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, MetricRecordValues]]:
         """Train the submodel in ``payload``; return the encoded update and the metrics."""
-        layout = self.model.layout
-        submodel = decode_submodel(payload, layout, self.data.classes, self.model.model.feature_size)
+        layout, submodel = self.model.layout, self._read(payload)
         rng = stream(self.config.seed, "local-training", self.data.name, server_round)
         result = train_locally(
             self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes
@@ -147,7 +145,7 @@ class Client:
         )
         return update.blob, {"loss": result.loss, "examples": result.examples, "steps": result.steps}
 
-    def evaluate(self, payload: bytes, server_round: int, final: bool) -> dict[str, int]:
+    def evaluate(self, payload: bytes, server_round: int, final: bool) -> dict[str, MetricRecordValues]:
         """Correct and total counts of the submodel in ``payload``.
 
         Populations: ``local`` (own test images, class prior of strength ``evaluation.local-prior-strength``),
@@ -155,7 +153,7 @@ class Client:
         of all clients that train, ``evaluation.union-prior-strength``). With ``evaluation.fine-tune-steps`` the
         last evaluation measures again after that many local steps (keys ending in ``-tuned``).
         """
-        submodel = decode_submodel(payload, self.model.layout, self.data.classes, self.model.model.feature_size)
+        submodel = self._read(payload)
         self.model.load(torch.from_numpy(submodel.theta()))
         counts = self._measure(final, suffix="")
         steps = self.config.evaluation.fine_tune_steps
@@ -165,7 +163,13 @@ class Client:
             counts |= self._measure(final, suffix="-tuned")
         return counts
 
-    def _measure(self, final: bool, suffix: str) -> dict[str, int]:
+    def _read(self, payload: bytes) -> Submodel:
+        """Decode a submodel; one that is larger or smaller than this client's capacity is refused."""
+        layout = self.model.layout
+        expected = None if self.config.extraction.name == "full" else layout.kept(self.data.capacity)
+        return decode_submodel(payload, layout, self.data.classes, self.model.model.feature_size, expected)
+
+    def _measure(self, final: bool, suffix: str) -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
         populations = {
@@ -175,7 +179,7 @@ class Client:
         if self.data.role == "train":
             limit = 0 if final else settings.union_images
             populations["union"] = (_sample(self.data.union_test, limit), settings.union_prior_strength)
-        counts = {}
+        counts: dict[str, MetricRecordValues] = {}
         for name, (images, strength) in populations.items():
             result = evaluate(self.model, images, self.data.normaliser, strength * prior if strength else None)
             counts[f"{name}-correct{suffix}"] = result.correct
@@ -184,8 +188,5 @@ class Client:
 
 
 def _sample(images: LabelledImages, limit: int) -> LabelledImages:
-    """Every (len/limit)-th image: the same ones for every client and round."""
-    if not limit or len(images) <= limit:
-        return images
-    positions = np.linspace(0, len(images) - 1, limit).astype(np.int64)
-    return replace(images, indices=images.indices[positions])
+    """The first ``limit`` images (0: all); the union is in random order, so they are a fair sample of it."""
+    return replace(images, indices=images.indices[:limit]) if limit else images

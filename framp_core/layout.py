@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -98,8 +99,8 @@ class ParameterLayout:
         """Float32 vector of length n: the fan-in of the slot each element belongs to."""
         return np.repeat(np.array([slot.fan_in for slot in self.slots], dtype=np.float32), self.sizes)
 
-    def kept(self, capacity: float) -> int:
-        """K = floor(capacity * maskable_size), the maskable weights that a client of this capacity holds."""
+    def kept(self, capacity: float | Fraction) -> int:
+        """Maskable weights that a client of this capacity holds: k = floor(capacity * maskable_size)."""
         return math.floor(capacity * self.maskable_size)
 
     def split(self, flat: Tensor) -> list[Tensor]:

@@ -100,7 +100,7 @@ def extract(
     _require_finite(theta, "the generated model")
     if config.name == "full":
         return np.ones(layout.size, dtype=bool)
-    k = layout.kept(capacity)  # type: ignore[arg-type]  # a Fraction is exact there, and as welcome as a float
+    k = layout.kept(capacity)
     if k == 0:
         raise ModelError(
             f"capacity {capacity} of {layout.maskable_size} maskable weights leaves none; "

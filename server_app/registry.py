@@ -61,7 +61,7 @@ class ClientRecord:
         """
         try:
             card, blob = content.config_records["client"], content.config_records["framp"]["payload"]
-            channels, height, width = card["shape"]  # type: ignore[misc]
+            channels, height, width = (int(side) for side in card["shape"])  # type: ignore[union-attr, arg-type]
             classes = int(card["classes"])  # type: ignore[arg-type]
             descriptor, counts = decode_descriptor(blob, classes)  # type: ignore[arg-type]
             return cls(
@@ -69,7 +69,7 @@ class ClientRecord:
                 node_id=node_id,
                 role=_role(card["role"]),
                 capacity=parse_capacity(card["capacity"]),
-                shape=(int(channels), int(height), int(width)),
+                shape=(channels, height, width),
                 classes=classes,
                 train_examples=int(card["train-examples"]),  # type: ignore[arg-type]
                 partitions=int(card["partitions"]),  # type: ignore[arg-type]

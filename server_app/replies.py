@@ -61,8 +61,8 @@ def _problem(client: str, message: Message) -> Refusal | None:
     error = message.content.config_records.get("error")
     if error is None:
         return None
-    text = f"{error.get('type', 'Error')}: {error.get('reason', '')}"
-    return Refusal(client, text, str(error.get("traceback", "")))
+    kind, reason, trace = (str(error.get(key, "")) for key in ("type", "reason", "traceback"))
+    return Refusal(client, f"{kind}: {reason}", trace)
 
 
 def _last_line(text: str) -> str:

@@ -360,9 +360,12 @@ def _decode_prototypes(data: memoryview, classes: int, feature_size: int) -> Pro
     integers = np.frombuffer(data, "<u4", 2 * number, _UINT32.size).astype(np.int64)
     ids, counts = integers[:number], integers[number:]
     if number and (ids[-1] >= classes or (np.diff(ids) <= 0).any()):
-        raise ProtocolError(f"prototypes of classes {ids.tolist()}: expected each once, ascending, below {classes}")
+        raise ProtocolError(
+            f"got {number} prototypes of classes up to {ids.max()}, expected each class once, ascending, "
+            f"below {classes}; use one data set on both sides"
+        )
     if (counts < 1).any():
-        raise ProtocolError(f"a prototype is the mean of at least one image, got image counts {counts.tolist()}")
+        raise ProtocolError("a prototype of 0 images was sent; a class without images has no prototype")
     means = np.frombuffer(data, "<f4", offset=_UINT32.size * (1 + 2 * number)).astype(np.float32)
     _require_finite(means, "prototypes")
     return Prototypes(ids, counts, means.reshape(number, feature_size))

@@ -80,7 +80,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """The upper half of each float32, rounded to nearest, ties to even."""
     bits = values.view(np.uint32)
     upper = bits >> 16
-    rounded = bits + (0x7FFF + (upper & 1)) >> 16
+    rounded = (bits + 0x7FFF + (upper & 1)) >> 16
     # Rounding may carry a NaN over to infinity or zero; its upper half with a fraction bit set is a NaN.
     return np.where(np.isnan(values), upper | 0x40, rounded).astype("<u2")
 

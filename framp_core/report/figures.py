@@ -126,7 +126,7 @@ def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
                 lambda figure: _learning_curves(figure, record),
             ),
         ]
-    if masks:
+    if masks and masks["clients"]:
         plans += _mask_plans(masks)
     if any(event["clients"] for event in record.train):
         plans.append(

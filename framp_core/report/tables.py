@@ -129,7 +129,7 @@ def human_bytes(count: float | None) -> str:
 
 def human_seconds(seconds: float) -> str:
     """A duration, such as ``"3 min 20 s"``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

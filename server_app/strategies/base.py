@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -200,10 +200,7 @@ class SubmodelStrategy(Strategy):
             else:
                 updates.append(update)
                 rows.append(train_row(update, sent[reply.client].encoded.parts, parts))
-        learnt = len(updates) >= self.config.server.minimum_replies
-        metrics = self.server_update(updates, server_round) if learnt else {}
-        if not learnt:
-            logger.warning("round %d: %d valid replies, nothing is learnt from it", server_round, len(updates))
+        learnt, metrics = self._learn(updates, server_round)
         self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
         arrays = ArrayRecord(self.state()) if server_round == self.config.rounds else None
         return arrays, mean_record(rows)
@@ -281,8 +278,12 @@ class SubmodelStrategy(Strategy):
             **facts,
         )
 
-    def _instruction(self, server_round: int, **values: Scalar) -> ConfigRecord:
-        fixed = {"fingerprint": code_fingerprint(), "protocol-version": PROTOCOL_VERSION, "round": server_round}
+    def _instruction(self, server_round: int, **values: ConfigRecordValues) -> ConfigRecord:
+        fixed: dict[str, ConfigRecordValues] = {
+            "fingerprint": code_fingerprint(),
+            "protocol-version": PROTOCOL_VERSION,
+            "round": server_round,
+        }
         return ConfigRecord({**fixed, **values})
 
     def _outgoing(
@@ -299,7 +300,7 @@ class SubmodelStrategy(Strategy):
         mask = self.extract(theta, client, server_round)
         encoded = encode_submodel(theta[mask], mask, prototypes, self.layout, self.config.wire.values)
         extra = {} if evaluation else self.train_instructions(client, server_round)
-        instruction = self._instruction(server_round, **{**config, "final": final, **extra})  # type: ignore[arg-type]
+        instruction = self._instruction(server_round, **{**config, "final": final, **extra})
         content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
         return Outgoing(message, client, mask, encoded)
@@ -319,8 +320,21 @@ class SubmodelStrategy(Strategy):
         if not math.isfinite(loss) or examples < 1:
             raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
         update = decode_update(blob, self.layout, sent.mask, self._classes, self._feature_size)  # type: ignore[arg-type]
+        if update.prototypes is None:
+            raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts
+
+    def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:
+        """Update the server's state; a round without enough valid replies, or with absurd ones, changes nothing."""
+        try:
+            needed = self.config.server.minimum_replies
+            if len(updates) < needed:
+                raise ProtocolError(f"{len(updates)} valid replies, fewer than server.minimum-replies={needed}")
+            return True, self.server_update(updates, server_round)
+        except FrampError as error:
+            logger.warning("round %d: nothing is learnt: %s", server_round, error)
+            return False, {}
 
     def _record(self, kind: str, server_round: int, refused: Sequence[Refusal], **fields: object) -> None:
         for refusal in refused:

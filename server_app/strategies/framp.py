@@ -43,13 +43,14 @@ class FrampStrategy(SubmodelStrategy):
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """One step along the vector-Jacobian product, then the prototypes' moving average."""
-        self.bank.update([update.prototypes for update in updates])
-        return self.generator_update.step(
+        metrics = self.generator_update.step(
             torch.from_numpy(np.stack([update.client.descriptor for update in updates])),
             [update.dense_delta() for update in updates],
             [update.mask for update in updates],
             [update.examples for update in updates],
         )
+        self.bank.update([update.prototypes for update in updates])
+        return metrics
 
     def state(self) -> dict[str, Tensor]:
         """Generator, averaged generator, optimizers, prototypes."""

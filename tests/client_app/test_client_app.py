@@ -45,7 +45,7 @@ def submodel(config: FrampConfig, capacity: float = 0.25) -> tuple[bytes, np.nda
 
 
 def test_train_answers_with_a_delta_on_the_kept_positions(tiny: Build) -> None:
-    config = tiny()
+    config = tiny({"capacity.sizes": "1/4"})
     blob, mask, layout = submodel(config)
     content = ask(config, "train", blob)
     update = decode_update(content["framp"]["payload"], layout, mask, 10, 8)
@@ -55,14 +55,14 @@ def test_train_answers_with_a_delta_on_the_kept_positions(tiny: Build) -> None:
 
 
 def test_instructions_override_the_configuration_for_one_message(tiny: Build) -> None:
-    config = tiny()
+    config = tiny({"capacity.sizes": "1/4"})
     blob, *_ = submodel(config)
     assert ask(config, "train", blob, **{"local.steps": 3})["metrics"]["steps"] == 3
     assert ask(config, "train", blob)["metrics"]["steps"] == config.local.steps
 
 
 def test_evaluate_counts_are_those_of_a_plain_loop(tiny: Build) -> None:
-    config = tiny({"evaluation.local-prior-strength": 0.0})
+    config = tiny({"evaluation.local-prior-strength": 0.0, "capacity.sizes": "1/4"})
     blob, mask, _ = submodel(config)
     metrics = ask(config, "evaluate", blob)["metrics"]
     client = Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 5}, {})
@@ -82,7 +82,7 @@ def test_evaluate_counts_are_those_of_a_plain_loop(tiny: Build) -> None:
 
 
 def test_union_is_a_sample_until_the_last_round(tiny: Build) -> None:
-    config = tiny({"evaluation.union-images": 50})
+    config = tiny({"evaluation.union-images": 50, "capacity.sizes": "1/4"})
     blob, *_ = submodel(config)
     everything = len(Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 5}, {}).data.union_test)
     assert ask(config, "evaluate", blob)["metrics"]["union-total"] == 50
@@ -133,3 +133,9 @@ def test_state_of_the_node_is_never_touched(tiny: Build) -> None:
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     app(Message(RecordDict(), 5, "train"), context)
     assert list(context.state) == []
+
+
+def test_a_submodel_of_another_size_is_refused(tiny: Build) -> None:
+    config = tiny({"capacity.sizes": "1/4"})
+    blob, *_ = submodel(config, capacity=0.5)
+    assert ask(config, "train", blob)["error"]["type"] == "MaskMismatchError"

@@ -27,7 +27,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *a
 def test_run_prints_table_and_report(tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["run", "--out", str(tmp_path / "run"), *options(tmp_path)])
     assert result.exit_code == 0, result.output
-    for word in ("Local", "Union", "Unseen", "1/64", "mean", "report.html", "round 2/2"):
+    for word in ("Local", "Union", "Unseen", "1/64", "Mean", "report.html", "round 2/2"):
         assert word in result.output
     assert (tmp_path / "run" / "report.html").is_file()
 

@@ -66,7 +66,9 @@ def test_the_union_is_the_test_data_of_the_training_clients_in_random_order(conf
 def test_another_number_of_nodes_keeps_the_ratio_of_unseen_clients(config):
     clients = [load_client(config, index, 12) for index in range(12)]
     assert [client.role for client in clients] == ["train"] * 10 + ["unseen"] * 2
-    assert sum(len(client.train) + len(client.validation) for client in clients) == 1437 + 1
+    assert sum(len(client.train) + len(client.validation) for client in clients) == len(
+        load_images(config.data, config.seed).train_labels
+    )
     assert clients[0].partition_digest != load_client(config, 0, 24).partition_digest
 
 

@@ -190,7 +190,7 @@ def test_images_have_one_channel_only_if_all_are_grey(tmp_path):
     data = load_images(folder_config(tmp_path), seed=0)
     assert data.shape == (1, 5, 5)
     np.testing.assert_array_equal(data.test_images[0, 0], grey["test/a/000.png"])
-    write_image(root / "test" / "b" / "colour.png", np.zeros((5, 5, 3), dtype=np.uint8))
+    write_image(root / "train" / "a" / "colour.png", np.zeros((5, 5, 3), dtype=np.uint8))
     mixed = load_images(folder_config(tmp_path), seed=0)
     assert mixed.shape == (3, 5, 5)
     np.testing.assert_array_equal(mixed.test_images[0], np.stack([grey["test/a/000.png"]] * 3))
@@ -200,7 +200,7 @@ def test_images_have_one_channel_only_if_all_are_grey(tmp_path):
 def test_other_modes_become_rgb(tmp_path, mode):
     root = tmp_path / "images"
     write_folder(root, {"a": 2, "b": 2}, shape=(4, 4, 3))
-    flat = np.full((4, 4, 3), 200, dtype=np.uint8)
+    flat = np.full((4, 4, 3), 204, dtype=np.uint8)
     write_image(root / "a" / f"other.{'tif' if mode == 'CMYK' else 'png'}", flat, mode)
     data = load_images(folder_config(tmp_path), seed=0)
     everything = np.concatenate([data.train_images, data.test_images])

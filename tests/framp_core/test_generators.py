@@ -189,6 +189,8 @@ def test_personal_part_can_train_from_the_start(name):
                 parameter -= 0.1 * gradients[key]
     moved = generator.generate(v) - initial()
     assert (moved * cotangent).sum() < 0, "a step against the gradient must move the model against the cotangent"
+    for slot in LAYOUT.slots:
+        assert moved[:, slot.slice].norm() > 0, f"{slot.name} cannot leave the start"
 
 
 @every_generator

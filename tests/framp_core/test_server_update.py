@@ -105,6 +105,13 @@ def test_momentum_of_the_shared_vector_by_hand():
     assert np.allclose(generator.theta_0.detach(), expected, atol=1e-6)
 
 
+def test_shared_momentum_leaves_the_personal_part_alone():
+    config = ServerConfig(shared_momentum=0.5, personal_optimizer="sgd")
+    update = GeneratorUpdate(build("modulated"), config)
+    update.step(*round_of(2))
+    assert [key for key in update.state_dict() if "optimizer" in key] == ["shared_optimizer.0.momentum_buffer"]
+
+
 @every_generator
 def test_step_follows_the_vjp_of_each_client(name):
     descriptors, deltas, masks, examples = round_of(3)

@@ -1,0 +1,351 @@
+import contextlib
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from framp_core.codec import (
+    PROTOCOL_VERSION,
+    Encoded,
+    Submodel,
+    Update,
+    decode_descriptor,
+    decode_submodel,
+    decode_update,
+    encode_descriptor,
+    encode_mask,
+    encode_submodel,
+    encode_update,
+)
+from framp_core.config import ModelConfig
+from framp_core.errors import (
+    ChecksumError,
+    MaskMismatchError,
+    NonFiniteError,
+    ProtocolError,
+    TruncatedMessageError,
+    VersionMismatchError,
+)
+from framp_core.layout import ParameterLayout
+from framp_core.models import build_model
+from framp_core.prototypes import Prototypes
+
+LAYOUT = ParameterLayout.of(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)))
+CLASSES, FEATURES, KEPT = 5, 3, 17
+FORMATS = ["float32", "bfloat16", "int8"]
+HEAD = 7  # magic 4, version 1, kind 1, value format 1
+
+
+def make_mask(kept: int = KEPT, layout: ParameterLayout = LAYOUT, seed: int = 0) -> np.ndarray:
+    mask = ~layout.maskable
+    mask[np.random.default_rng(seed).choice(np.flatnonzero(layout.maskable), kept, replace=False)] = True
+    return mask
+
+
+def make_values(mask: np.ndarray, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=mask.sum()).astype(np.float32)
+
+
+def make_prototypes(classes: tuple[int, ...] = (0, 2, 4), features: int = FEATURES) -> Prototypes:
+    ids = np.array(classes, np.int64)
+    means = np.random.default_rng(2).normal(size=(ids.size, features)).astype(np.float32)
+    return Prototypes(ids, ids + 1, means)
+
+
+MASK = make_mask()
+VALUES = make_values(MASK)
+SUBMODEL = encode_submodel(VALUES, MASK, make_prototypes(), LAYOUT, "float32")
+UPDATE = encode_update(VALUES, make_prototypes(), LAYOUT, MASK, "int8")
+DESCRIPTOR = encode_descriptor(np.array([0.6, -0.8], np.float32), np.array([3, 0, 1, 0, 2]))
+
+
+def read_submodel(blob: bytes) -> Submodel:
+    return decode_submodel(blob, LAYOUT, CLASSES, FEATURES)
+
+
+def read_update(blob: bytes) -> Update:
+    return decode_update(blob, LAYOUT, MASK, CLASSES, FEATURES)
+
+
+def read_descriptor(blob: bytes) -> tuple[np.ndarray, np.ndarray]:
+    return decode_descriptor(blob, CLASSES, 2)
+
+
+MESSAGES: dict[str, tuple[Encoded, Callable[[bytes], object]]] = {
+    "submodel": (SUBMODEL, read_submodel),
+    "update": (UPDATE, read_update),
+    "descriptor": (DESCRIPTOR, read_descriptor),
+}
+every_message = pytest.mark.parametrize(("encoded", "read"), MESSAGES.values(), ids=MESSAGES)
+
+
+def sealed(body: bytes) -> bytes:
+    """The body with a checksum that fits it."""
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def rebuilt(encoded: Encoded, part: str, content: bytes) -> bytes:
+    """The message with one part replaced, lengths and checksum fitting."""
+    names = [name for name in encoded.parts if name != "framing"]
+    start, contents = HEAD + 4 * len(names), {}
+    for name in names:
+        contents[name] = encoded.blob[start : start + encoded.parts[name]]
+        start += encoded.parts[name]
+    contents[part] = content
+    lengths = struct.pack(f"<{len(names)}I", *(len(contents[name]) for name in names))
+    return sealed(encoded.blob[:HEAD] + lengths + b"".join(contents.values()))
+
+
+def assert_same_prototypes(given: Prototypes | None, expected: Prototypes | None) -> None:
+    if given is None or expected is None:
+        assert given is expected
+        return
+    assert (given.classes.dtype, given.counts.dtype, given.means.dtype) == (np.int64, np.int64, np.float32)
+    np.testing.assert_array_equal(given.classes, expected.classes)
+    np.testing.assert_array_equal(given.counts, expected.counts)
+    np.testing.assert_array_equal(given.means, expected.means)
+    assert given.means.shape == expected.means.shape
+
+
+def assert_valid(result: object) -> None:
+    """What a decoder lets through can be used without further checks."""
+    if isinstance(result, tuple):
+        vector, counts = result
+        assert vector.shape == (2,)
+        assert np.isfinite(vector).all()
+        assert counts.shape == (CLASSES,)
+        assert counts.min() >= 0
+        return
+    values, mask = (result.values, result.mask) if isinstance(result, Submodel) else (result.delta_kept, MASK)
+    assert mask.shape == (LAYOUT.size,)
+    assert mask[~LAYOUT.maskable].all()
+    assert values.shape == (mask.sum(),)
+    assert np.isfinite(values).all()
+    if result.prototypes is not None:
+        ids = result.prototypes.classes.tolist()
+        assert ids == sorted(set(ids) & set(range(CLASSES)))
+        assert (result.prototypes.counts >= 1).all()
+        assert result.prototypes.means.shape == (len(ids), FEATURES)
+        assert np.isfinite(result.prototypes.means).all()
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    kept=st.integers(0, LAYOUT.maskable_size),
+    seed=st.integers(0, 1000),
+    prototypes=st.sampled_from([None, make_prototypes(()), make_prototypes((1,)), make_prototypes(tuple(range(5)))]),
+)
+def test_submodel_and_update_round_trip(kept, seed, prototypes):
+    mask = make_mask(kept, seed=seed)
+    values = make_values(mask, seed)
+    submodel = decode_submodel(
+        encode_submodel(values, mask, prototypes, LAYOUT, "float32").blob, LAYOUT, CLASSES, FEATURES, expected_kept=kept
+    )
+    np.testing.assert_array_equal(submodel.values, values)
+    np.testing.assert_array_equal(submodel.mask, mask)
+    assert_same_prototypes(submodel.prototypes, prototypes)
+    dense, position = [], 0
+    for is_kept in mask:
+        dense.append(values[position] if is_kept else 0)
+        position += is_kept
+    assert submodel.theta().tolist() == dense
+
+    encoded = encode_update(values, prototypes, LAYOUT, mask, "float32")
+    update = decode_update(encoded.blob, LAYOUT, mask, CLASSES, FEATURES)
+    np.testing.assert_array_equal(update.delta_kept, values)
+    assert_same_prototypes(update.prototypes, prototypes)
+    assert update.parts == encoded.parts
+
+
+@pytest.mark.parametrize("value_format", FORMATS)
+def test_value_format_travels_with_the_message(value_format):
+    step = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 254}[value_format]
+    encoded = encode_submodel(VALUES, MASK, None, LAYOUT, value_format)
+    error = np.abs(read_submodel(encoded.blob).values - VALUES).max()
+    assert error <= step * np.abs(VALUES).max() * 1.001
+    assert (error > 0) == (value_format != "float32")
+    tensors = len(LAYOUT.slots)
+    size = {"float32": 4 * VALUES.size, "bfloat16": 2 * VALUES.size, "int8": VALUES.size + 4 * tensors}[value_format]
+    assert encoded.parts["values"] == size
+
+
+def test_descriptor_round_trip():
+    vector, counts = decode_descriptor(DESCRIPTOR.blob, CLASSES)
+    assert vector.dtype == np.float32
+    assert vector.tolist() == np.array([0.6, -0.8], np.float32).tolist()
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [3, 0, 1, 0, 2]
+
+
+@every_message
+def test_parts_account_for_every_byte(encoded, read):
+    assert sum(encoded.parts.values()) == len(encoded.blob)
+    parts = len(encoded.parts) - 1
+    assert encoded.parts["framing"] == HEAD + 4 * parts + 4
+    assert encoded.parts["framing"] < 40
+
+
+def test_part_sizes_are_those_of_the_contents():
+    prototypes = 4 + 3 * (4 + 4 + 4 * FEATURES)
+    mask = len(encode_mask(MASK[LAYOUT.maskable]))
+    assert SUBMODEL.parts == {"values": 4 * VALUES.size, "mask": mask, "prototypes": prototypes, "framing": 23}
+    assert UPDATE.parts == {
+        "values": VALUES.size + 4 * len(LAYOUT.slots),
+        "prototypes": prototypes,
+        "framing": 19,
+    }
+    assert DESCRIPTOR.parts == {"descriptor": 8, "class_counts": 20, "framing": 19}
+
+
+def test_framing_is_below_one_percent_of_the_smallest_real_submodel():
+    layout = ParameterLayout.of(build_model(ModelConfig(), (1, 8, 8), 10))
+    mask = make_mask(layout.kept(1 / 64), layout)
+    encoded = encode_submodel(make_values(mask), mask, None, layout, "float32")
+    assert encoded.parts["framing"] < 0.01 * len(encoded.blob)
+
+
+@every_message
+def test_every_flipped_bit_and_every_other_length_is_refused(encoded, read):
+    assert_valid(read(encoded.blob))
+    for place in range(len(encoded.blob)):
+        for bit in range(8):
+            changed = bytearray(encoded.blob)
+            changed[place] ^= 1 << bit
+            with pytest.raises(ProtocolError):
+                read(bytes(changed))
+        with pytest.raises(TruncatedMessageError):
+            read(encoded.blob[:place])
+    with pytest.raises(TruncatedMessageError):
+        read(encoded.blob + b"\0")
+
+
+@every_message
+def test_behind_a_fitting_checksum_every_flipped_bit_is_refused_or_harmless(encoded, read):
+    refused = 0
+    for place in range(len(encoded.blob) - 4):
+        for bit in range(8):
+            changed = bytearray(encoded.blob[:-4])
+            changed[place] ^= 1 << bit
+            try:
+                assert_valid(read(sealed(bytes(changed))))
+            except ProtocolError:
+                refused += 1
+    assert 0 < refused < 8 * (len(encoded.blob) - 4)
+
+
+@every_message
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(data=st.data())
+def test_behind_a_fitting_checksum_every_foreign_part_is_refused_or_harmless(encoded, read, data):
+    part = data.draw(st.sampled_from([name for name in encoded.parts if name != "framing"]))
+    content = data.draw(st.one_of(st.binary(max_size=40), st.integers(0, 200).map(bytes), st.just(b"\xff" * 200)))
+    with contextlib.suppress(ProtocolError):
+        assert_valid(read(rebuilt(encoded, part, content)))
+
+
+@every_message
+@settings(derandomize=True, deadline=None)
+@given(noise=st.binary(max_size=60), intact=st.integers(0, HEAD))
+def test_noise_is_refused(encoded, read, noise, intact):
+    with pytest.raises(ProtocolError):
+        read(encoded.blob[:intact] + noise)
+
+
+@every_message
+def test_each_frame_fault_has_its_name(encoded, read):
+    blob = encoded.blob
+
+    def fault_of(changed: object) -> tuple[type, str]:
+        with pytest.raises(ProtocolError) as caught:
+            read(changed)  # type: ignore[arg-type]
+        return type(caught.value), str(caught.value)
+
+    newer = fault_of(blob[:4] + bytes([PROTOCOL_VERSION + 1]) + blob[5:])
+    assert newer[0] is VersionMismatchError
+    assert f"version {PROTOCOL_VERSION + 1}, this side speaks {PROTOCOL_VERSION}" in newer[1]
+    assert fault_of(b"")[0] is TruncatedMessageError
+    assert fault_of(blob[:-1] + bytes([blob[-1] ^ 1]))[0] is ChecksumError
+    assert "not a FRAMP message" in fault_of(b"XXXX" + blob[4:])[1]
+    assert "kind 9 is unknown" in fault_of(blob[:5] + b"\x09" + blob[6:])[1]
+    assert "value format 7 is unknown" in fault_of(sealed(blob[:6] + b"\x07" + blob[7:-4]))[1]
+    assert "type str" in fault_of("text")[1]
+    for kind, (message, _) in MESSAGES.items():
+        if message is not encoded:
+            assert f"got a message of kind {kind}" in fault_of(message.blob)[1]
+
+
+def test_mask_and_values_must_fit_together():
+    with pytest.raises(MaskMismatchError, match=f"keeps {KEPT} .* expects {KEPT + 1}"):
+        decode_submodel(SUBMODEL.blob, LAYOUT, CLASSES, FEATURES, expected_kept=KEPT + 1)
+    other_mask = encode_mask(make_mask(KEPT - 1)[LAYOUT.maskable])
+    with pytest.raises(MaskMismatchError, match="kept weights"):
+        read_submodel(rebuilt(SUBMODEL, "mask", other_mask))
+    same_size = encode_mask(make_mask(KEPT, seed=5)[LAYOUT.maskable])
+    assert read_submodel(rebuilt(SUBMODEL, "mask", same_size)).values.size == VALUES.size
+    with pytest.raises(MaskMismatchError):
+        decode_update(UPDATE.blob, LAYOUT, make_mask(KEPT + 1), CLASSES, FEATURES)
+    larger = ParameterLayout.of(nn.Linear(40, 30))
+    with pytest.raises(ProtocolError):
+        decode_submodel(SUBMODEL.blob, larger, CLASSES, FEATURES)
+
+
+def test_encoders_refuse_what_does_not_fit():
+    with pytest.raises(MaskMismatchError, match="keeps"):
+        encode_submodel(VALUES[1:], MASK, None, LAYOUT, "float32")
+    with pytest.raises(MaskMismatchError, match="shape"):
+        encode_update(VALUES, None, LAYOUT, MASK[1:], "float32")
+    dropped = MASK.copy()
+    dropped[np.flatnonzero(~LAYOUT.maskable)[0]] = False
+    with pytest.raises(MaskMismatchError, match="always kept"):
+        encode_submodel(VALUES[1:], dropped, None, LAYOUT, "float32")
+    for count in (-1, 2**32):
+        with pytest.raises(ProtocolError, match="class counts"):
+            encode_descriptor(np.ones(1, np.float32), np.array([0, count]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value_format", FORMATS)
+def test_non_finite_numbers_are_refused_by_the_receiver(bad, value_format):
+    poisoned = VALUES.copy()
+    poisoned[3] = bad
+    with pytest.raises(NonFiniteError, match="values"):
+        read_submodel(encode_submodel(poisoned, MASK, None, LAYOUT, value_format).blob)
+    with pytest.raises(NonFiniteError, match="values"):
+        read_update(encode_update(poisoned, None, LAYOUT, MASK, value_format).blob)
+    with pytest.raises(NonFiniteError, match="descriptor"):
+        read_descriptor(encode_descriptor(np.array([1, bad], np.float32), np.zeros(CLASSES, np.int64)).blob)
+    prototypes = make_prototypes()
+    prototypes.means[1, 1] = bad
+    with pytest.raises(NonFiniteError, match="prototypes"):
+        read_update(encode_update(VALUES, prototypes, LAYOUT, MASK, value_format).blob)
+
+
+BAD_PROTOTYPES = {
+    "class out of range": (replace(make_prototypes(), classes=np.array([0, 2, CLASSES])), "below 5"),
+    "class twice": (replace(make_prototypes(), classes=np.array([0, 2, 2])), "each class once"),
+    "not ascending": (replace(make_prototypes(), classes=np.array([2, 0, 4])), "ascending"),
+    "no images": (replace(make_prototypes(), counts=np.array([1, 0, 1])), "0 images"),
+    "another width": (make_prototypes(features=FEATURES + 1), "3 features"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROTOTYPES)
+def test_bad_prototypes_are_refused(name):
+    prototypes, words = BAD_PROTOTYPES[name]
+    with pytest.raises(ProtocolError, match=words):
+        read_submodel(encode_submodel(VALUES, MASK, prototypes, LAYOUT, "float32").blob)
+    with pytest.raises(ProtocolError, match=words):
+        read_update(encode_update(VALUES, prototypes, LAYOUT, MASK, "float32").blob)
+
+
+def test_descriptor_of_another_shape_is_refused():
+    with pytest.raises(ProtocolError, match="2 floats, expected 3"):
+        decode_descriptor(DESCRIPTOR.blob, CLASSES, 3)
+    with pytest.raises(ProtocolError, match="5 classes, expected 4"):
+        decode_descriptor(DESCRIPTOR.blob, CLASSES - 1, 2)
