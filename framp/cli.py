@@ -74,13 +74,9 @@ def run(
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
     folder = (out.expanduser().resolve() if out else None) or new_run_folder(config)
     loaded = load_config(config, override, **{"output.folder": str(folder), **fixed})
-    if engine is Engine.FLOWER:
-        _log_to(logging.INFO)
-        finished = run_flower(loaded)
-    else:
-        _log_to(logging.WARNING)
-        with RunProgress(console, folder, loaded.rounds):
-            finished = run_local(loaded)
+    _log_errors()
+    with RunProgress(console, folder, loaded.rounds):
+        finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
     console.print(results_table(finished.json("summary.json")))
     console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
 
@@ -122,11 +118,11 @@ def _clients_table(summary: "DataSummary") -> Table:
     return table
 
 
-def _log_to(level: int) -> None:
-    """Send Flower's log, and ours below it, through rich."""
+def _log_errors() -> None:
+    """Flower's log only where something went wrong; the progress display shows the rest."""
     logger = logging.getLogger("flwr")
-    logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, show_level=False)]
-    logger.setLevel(level)
+    logger.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
+    logger.setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ _POLL_SECONDS = 0.2
 class RunProgress:
     """Follow ``events.jsonl`` while a run writes it: a bar on a terminal, a line per evaluation elsewhere.
 
+    Refused replies are shown as they happen, the first one of a round with its client's traceback.
+
     Args:
         console: where to print.
         folder: the run folder; it need not exist yet.
@@ -77,7 +79,14 @@ class RunProgress:
             text = _accuracies(event)
             self._bar.update(self._task, description=text)
             if not self._console.is_terminal:
-                self._console.print(f"round {event['round']}/{self._rounds}  {text}", highlight=False)
+                self._print(f"round {event['round']}/{self._rounds}  {text}")
+        for refusal in event.get("refused", []):
+            self._print(f"round {event['round']}: {refusal['client']} refused: {refusal['error']}")
+            if refusal.get("traceback"):
+                self._print(refusal["traceback"])
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _accuracies(event: dict[str, Any]) -> str:

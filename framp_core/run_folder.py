@@ -3,7 +3,7 @@
 ======================  =====================================================================
 config.toml             effective configuration
 environment.json        versions, platform, seed, fingerprint of the code
-manifest.json           the partition
+manifest.json           the partition; its ``"digest"`` is shown in the report
 events.jsonl            one JSON object per event, appended and flushed while the run works
 checkpoint/             checkpoint.json, which names the safetensors file beside it
 masks.json              selection and overlap of the masks at the last evaluation
@@ -64,12 +64,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: FrampConfig) -> "RunFolder":
-        """Start a run folder: configuration, environment and partition manifest.
+        """Start a run folder with its configuration and environment; the manifest follows once clients answered.
 
         Args:
             path: a folder that does not exist or is empty; its parents are made.
             config: effective configuration of the run.
-            manifest: JSON-able description of the partition; its ``"digest"`` is shown in the report.
 
         Raises:
             RunFolderError: the folder holds something already, or cannot be written.

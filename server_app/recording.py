@@ -48,9 +48,13 @@ def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, 
     }
 
 
-def refusal_rows(refused: Iterable[Refusal]) -> list[Row]:
-    """One row per refused or missing reply."""
-    return [{"client": refusal.client, "error": refusal.error} for refusal in refused]
+def refusal_rows(refused: Sequence[Refusal]) -> list[Row]:
+    """One row per refused or missing reply; the first traceback that a client sent goes along."""
+    rows: list[Row] = [{"client": refusal.client, "error": refusal.error} for refusal in refused]
+    first = next((index for index, refusal in enumerate(refused) if refusal.traceback), None)
+    if first is not None:
+        rows[first]["traceback"] = refused[first].traceback
+    return rows
 
 
 def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict) -> list[ClientAccuracy]:

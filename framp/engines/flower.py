@@ -31,14 +31,16 @@ logger = logging.getLogger("flwr.framp")
 _CONNECTION = "framp"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
-_RUN_ID = re.compile(r"run[ -]?(?:id)?[^0-9]{0,20}(\d{6,})", re.IGNORECASE)
-_SERVER_MARK = "flwr.framp"
+_RUN_ID = re.compile(r"started run (\d+)")
+_NAMED_ERROR = re.compile(r"^framp_core\.errors\.(\w+: .*)$", re.MULTILINE)
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_flower(config: FrampConfig) -> RunFolder:
     """Run a configuration in Flower's simulation engine and return its run folder.
 
-    ``engine.workers`` is the number of Ray's client actors (0: one per core). ``output.folder`` must be set.
+    ``engine.workers`` is the number of Ray's client actors (0: one per core). ``output.folder`` must be set. What
+    Flower prints is kept in the run folder as ``flower.log``.
 
     Raises:
         EngineError: no app folder, no SuperLink, or the run did not complete; carries Flower's own words.
@@ -49,15 +51,18 @@ def run_flower(config: FrampConfig) -> RunFolder:
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
     home = Path(tempfile.mkdtemp(prefix="framp-flower-"))
+    log = home / "flower.log"
     try:
         with _superlink(home) as environment:
-            run_id = _submit(app, config, environment)
-            _check_status(run_id, environment, home)
+            run_id = _submit(app, config, environment, log)
+            _check_status(run_id, environment, log)
     except BaseException:
-        logger.warning("Flower's files of this run, its log among them, stay in %s", home)
+        logger.error("Flower's files of this run, its logs among them, stay in %s", home)
         raise
+    run = RunFolder.open(Path(config.output.folder))
+    shutil.move(log, run.path / log.name)
     shutil.rmtree(home, ignore_errors=True)
-    return RunFolder.open(Path(config.output.folder))
+    return run
 
 
 def flower_environment(home: Path) -> dict[str, str]:
@@ -160,40 +165,42 @@ def _processes_of(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _submit(app: Path, config: FrampConfig, environment: dict[str, str]) -> int:
-    """``flwr run --stream``: show the server's lines while they come; return the run's id."""
-    run_config = Path(environment["FLWR_HOME"]) / "run-config.toml"
+def _submit(app: Path, config: FrampConfig, environment: dict[str, str], log: Path) -> int:
+    """``flwr run --stream``: wait for the end of the run, keep what is printed in ``log``, return the run's id."""
+    run_config = log.with_name("run-config.toml")
     run_config.write_text(config.to_toml(), encoding="utf-8")
     command = ["flwr", "run", str(app), _CONNECTION, "--stream"]
     command += ["--run-config", str(run_config), "--federation-config", federation_options(config)]
-    lines: list[str] = []
-    with subprocess.Popen(
-        command, env=environment, cwd=app, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            logger.info("%s", line.rstrip())
-    match = next((found for line in lines if (found := _RUN_ID.search(line))), None)
-    if process.returncode or match is None:
-        raise EngineError("flwr run did not start the app:\n" + "\n".join(lines[-20:]))
+    with log.open("w", encoding="utf-8") as output:
+        status = subprocess.run(
+            command, env=environment, cwd=app, stdout=output, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    match = _RUN_ID.search(log.read_text(encoding="utf-8", errors="replace"))
+    if status or match is None:
+        raise EngineError(f"flwr run did not start the app:\n{_tail(log)}")
     return int(match.group(1))
 
 
-def _check_status(run_id: int, environment: dict[str, str], home: Path) -> None:
+def _check_status(run_id: int, environment: dict[str, str], log: Path) -> None:
+    """``flwr run`` exits with 0 whatever happened, so ask how the run ended."""
     command = ["flwr", "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json"]
-    answer = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, env=environment, cwd=log.parent, capture_output=True, text=True, check=False)
     try:
         run = json.loads(answer.stdout)["runs"][0]
     except (json.JSONDecodeError, KeyError, IndexError) as error:
         raise EngineError(f"flwr ls did not tell how run {run_id} ended: {answer.stdout}{answer.stderr}") from error
     if run["status"] != "finished:completed":
-        details = run.get("status-details") or _tail(home / "superlink.log")
-        raise EngineError(f"Flower's run {run_id} ended as {run['status']}: {details}")
+        raise EngineError(f"Flower's run {run_id} ended as {run['status']}: {_reason(log)}")
+
+
+def _reason(log: Path) -> str:
+    """The error that ended the app, or the end of the log where none can be told."""
+    named = _NAMED_ERROR.findall(_ANSI.sub("", log.read_text(encoding="utf-8", errors="replace")))
+    return str(named[-1]) if named else "the end of its log:\n" + _tail(log)
 
 
 def _tail(path: Path, lines: int = 20) -> str:
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return _ANSI.sub("", "\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
     except OSError:
         return "(no log was written)"

@@ -21,7 +21,7 @@ from framp_core.report.tables import human_bytes
 
 FOLDER = "figures"
 WIDTH = 5.4
-INK, MUTED, RULE = "#1f2933", "#66727f", "#dfe4e9"
+INK, MUTED, RULE, REFERENCE = "#1f2933", "#66727f", "#dfe4e9", "#d55e00"
 POPULATIONS: dict[Column, tuple[str, str, str]] = {
     "local": ("Local", "#0072b2", "o"),
     "union": ("Union", "#d55e00", "s"),
@@ -171,22 +171,24 @@ def size_colours(capacities: Sequence[str]) -> dict[str, Any]:
 
 def _accuracy_by_size(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Sequence[str]) -> None:
     axes = figure.add_subplot()
-    shown = [column for column in POPULATIONS if any(row.column == column for row in rows)]
+    found = {summary.capacity: summary for summary in summarise(rows)}
+    shown = [column for column in POPULATIONS if found[MEAN].column(column) is not None]
     for number, column in enumerate(shown):
         label, colour, marker = POPULATIONS[column]
         offset = 0.25 * (number - (len(shown) - 1) / 2)
+        means = []
         for position, size in enumerate(sizes):
             values = sorted(100 * row.accuracy for row in rows if row.column == column and row.capacity == size)
             # Spread sideways in order of value: the same picture each time the report is redone.
-            jitter = 0.035 * (np.arange(len(values)) % 3 - 1)
-            axes.plot(position + offset + jitter, values, ".", color=colour, alpha=0.3, markersize=4.5, mew=0)
-        spreads = [(place, s.column(column)) for place, s in enumerate(_by_size(rows, sizes))]
-        known = [(place, spread) for place, spread in spreads if spread is not None]
+            jitter = 0.045 * (np.arange(len(values)) % 3 - 1)
+            axes.plot(position + offset + jitter, values, ".", color=colour, alpha=0.4, markersize=6, mew=0)
+            spread = found[size].column(column) if size in found else None
+            if spread is not None:
+                means.append((position + offset, 100 * spread.mean, 100 * spread.std))
+        places, heights, deviations = zip(*means, strict=True)
         axes.errorbar(
-            [place + offset for place, _ in known],
-            [100 * spread.mean for _, spread in known],
-            [100 * spread.std for _, spread in known],
-            fmt=marker, color=colour, markersize=6.5, markeredgecolor="white", elinewidth=1.4, label=label,
+            places, heights, deviations,
+            fmt=marker, color=colour, markersize=7, markeredgecolor="white", elinewidth=1.4, label=label,
         )  # fmt: skip
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.5, len(sizes) - 0.5)
@@ -194,11 +196,6 @@ def _accuracy_by_size(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Seq
     axes.set_xlabel("Size (fraction of the maskable weights)")
     _percent_axis(axes)
     figure.legend(loc="outside upper left", ncols=3, handletextpad=0.3, columnspacing=1.2)
-
-
-def _by_size(rows: Sequence[ClientAccuracy], sizes: Sequence[str]) -> list[Any]:
-    found = {summary.capacity: summary for summary in summarise(rows)}
-    return [found[size] for size in sizes if size in found]
 
 
 def _client_accuracy(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Sequence[str]) -> None:
@@ -211,7 +208,7 @@ def _client_accuracy(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Sequ
     axes.set_ylabel("Share of clients")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, 1.02)
-    axes.legend(title="Size", loc="upper left", handlelength=1.4)
+    _legend_above(figure)
 
 
 def _learning_curves(figure: Figure, record: Record) -> None:
@@ -234,7 +231,7 @@ def _learning_curves(figure: Figure, record: Record) -> None:
         _percent_axis(axes)
         _label_ends(axes, ends)
     panels[-1].set_xlabel("Round")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
@@ -261,18 +258,20 @@ def _mask_selection(figure: Figure, masks: Mapping[str, Any]) -> None:
     position = np.arange(len(layers) + 1)
     for size, colour in size_colours(list(masks["selection"])).items():
         axes.plot(position, _cumulative(weights * masks["selection"][size]), color=colour, linewidth=2, label=size)
-    axes.plot(position, _cumulative(weights), color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="dense model")
+    axes.plot(
+        position, _cumulative(weights), color=REFERENCE, linewidth=1.3, linestyle=(0, (4, 3)), label="dense model"
+    )
     names = [layer["name"].removesuffix(".weight") for layer in layers]
     if len(names) <= 12:
         axes.set_xticks(position[1:], names, rotation=35, ha="right", rotation_mode="anchor")
     else:
         axes.set_xlabel(f"Layer, from {names[0]} (1) to {names[-1]} ({len(names)})")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(0, len(layers))
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("Cumulative share of kept weights")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="upper left", handlelength=1.6)
+    _legend_above(figure)
 
 
 def _cumulative(kept: np.ndarray) -> np.ndarray:
@@ -333,8 +332,8 @@ def _bytes(figure: Figure, traffic: Sequence[Traffic]) -> None:
               for (_, parts), total in zip(bars, totals, strict=True) if total]  # fmt: skip
     _stack(below, places, shares)
     above.set_xlim(0, 1.16 * max(totals))
-    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    above.xaxis.set_major_locator(MaxNLocator(5))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value).replace(".0 ", " ")))
+    above.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     below.set_xlim(0, 1)
     below.xaxis.set_major_formatter(PercentFormatter(1))
     above.set_yticks(places, [label for label, _ in bars])
@@ -348,11 +347,16 @@ def _bytes(figure: Figure, traffic: Sequence[Traffic]) -> None:
 def _stack(axes: Axes, places: Sequence[float], bars: Sequence[Mapping[str, float]]) -> None:
     left = np.zeros(len(bars))
     for part in PARTS:
-        lengths = np.array([bar[part] for bar in bars])
+        lengths = np.array([bar.get(part, 0.0) for bar in bars])
         axes.barh(places, lengths, 0.82, left, color=PART_COLOURS[part], label=part)
         left += lengths
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
+
+
+def _legend_above(figure: Figure) -> None:
+    """One line of sizes above the plot, where it can cover no curve."""
+    figure.legend(loc="outside upper left", ncols=5, handlelength=1.5, columnspacing=1.3)
 
 
 def _percent_axis(axes: Axes) -> None:

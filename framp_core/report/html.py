@@ -24,6 +24,12 @@ from framp_core.report.tables import (
 from framp_core.run_folder import CONFIG, ENVIRONMENT, MANIFEST, MASKS, SUMMARY, RunFolder
 
 REPORT = "report.html"
+WORDS = {
+    "cpu_count": "CPU cores",
+    "cuda": "CUDA device",
+    "config_digest": "Configuration digest",
+    "fingerprint": "Code",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -194,19 +200,18 @@ def _absences(record: Record) -> list[str]:
 
 
 def _silent_rounds(record: Record) -> list[str]:
-    few = [
-        str(event["round"]) for event in record.train if len(event["clients"]) < record.config.server.minimum_replies
-    ]
-    if not few:
+    idle = [str(event["round"]) for event in record.train if not event.get("learnt", True)]
+    if not idle:
         return []
-    return [f"{_plural(len(few), 'round')} changed nothing for want of valid replies: {', '.join(few[:10])}."]
+    shown = ", ".join(idle[:10]) + (" and others" if len(idle) > 10 else "")
+    return [f"{_plural(len(idle), 'round')} changed nothing, for want of valid replies: {shown}."]
 
 
 def _environment(run: RunFolder) -> str:
     known = run.json(ENVIRONMENT) if run.has(ENVIRONMENT) else {}
     versions = known.pop("versions", {})
     manifest = run.json(MANIFEST) if run.has(MANIFEST) else {}
-    lines = [(key.replace("_", " ").capitalize(), value) for key, value in known.items()]
+    lines = [(WORDS.get(key, key.capitalize()), value) for key, value in known.items()]
     lines += [*versions.items(), ("Partition digest", manifest.get("digest"))]
     rows = [[str(key), MISSING if value is None else str(value)] for key, value in lines]
     return _table(Table(("What", "Value"), cells(rows), labels=2), kind="facts")

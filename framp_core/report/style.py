@@ -17,7 +17,8 @@ p { margin: 0 0 0.9rem; max-width: 46rem; }
 table { border-collapse: collapse; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.42rem 0.9rem 0.42rem 0; text-align: right; white-space: nowrap; }
 th + th, td + td { padding-left: 0.9rem; }
-th { font-weight: 600; color: var(--muted); border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
+th { font-weight: 600; color: var(--muted); border-bottom: 1.5px solid var(--ink); vertical-align: bottom;
+  white-space: normal; }
 td { border-bottom: 1px solid var(--rule); }
 .label { text-align: left; }
 tr.sum td { font-weight: 650; border-top: 1.5px solid var(--ink); border-bottom: 0; }

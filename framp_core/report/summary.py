@@ -1,6 +1,6 @@
 """The events of a run, read once, and the numbers that summary.json keeps of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from framp_core.run_folder import SUMMARY, RunFolder, accuracies
 
 Event = dict[str, Any]
 PARTS = ("values", "mask", "prototypes", "framing")
+UP_PARTS = ("values", "prototypes", "framing")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Record:
         """Refused replies: what was asked for, round, client, error."""
         return [
             (event["kind"], event["round"], reply["client"], reply["error"])
-            for event in (*self.train, *self.evaluations)
+            for event in (*([self.start] if self.start else []), *self.train, *self.evaluations)
             for reply in event.get("refused", [])
         ]
 
@@ -196,10 +197,8 @@ def _held(record: Record, capacity: str) -> float | None:
 
 
 def _traffic(capacity: str, exchanges: Sequence[dict[str, Any]]) -> Traffic:
-    def parts(read: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, float]:
-        return {part: _mean([read(exchange).get(part, 0) for exchange in exchanges]) for part in PARTS}
-
-    down, up = parts(lambda exchange: exchange["down"]), parts(lambda exchange: exchange["up"])
+    down = {part: _mean(exchange["down"].get(part, 0) for exchange in exchanges) for part in PARTS}
+    up = {part: _mean(exchange["up"].get(part, 0) for exchange in exchanges) for part in UP_PARTS}
     return Traffic(capacity, len(exchanges), down, up)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from framp_core.metrics import MEAN, Moment
-from framp_core.report.summary import PARTS, Record
+from framp_core.report.summary import PARTS, UP_PARTS, Record
 
 MISSING = "–"
 
@@ -100,13 +100,11 @@ def communication(record: Record) -> Table:
     """Mean bytes of a client in a round, by size, direction and part."""
     rows = []
     for traffic in record.traffic():
-        down, up = traffic.down, traffic.up
-        sizes = [*(down[part] for part in PARTS), sum(down.values()), *(up[part] for part in PARTS), sum(up.values())]
+        sizes = [size for parts in (traffic.down, traffic.up) for size in (*parts.values(), sum(parts.values()))]
         cells = (Cell(human_bytes(size) if traffic.exchanges else MISSING) for size in sizes)
         rows.append((Cell(_size(traffic.capacity)), *cells, Cell(f"{traffic.exchanges:,}")))
-    parts = [*PARTS, "total"]
-    headings = ("Size", *(f"Down: {part}" for part in parts), *(f"Up: {part}" for part in parts), "Exchanges")
-    return Table(headings, tuple(rows), emphasised=True)
+    down, up = (f"Down: {part}" for part in (*PARTS, "total")), (f"Up: {part}" for part in (*UP_PARTS, "total"))
+    return Table(("Size", *down, *up, "Exchanges"), tuple(rows), emphasised=True)
 
 
 def percent(fraction: float | None) -> str:

@@ -337,10 +337,8 @@ class SubmodelStrategy(Strategy):
             return False, {}
 
     def _record(self, kind: str, server_round: int, refused: Sequence[Refusal], **fields: object) -> None:
-        for refusal in refused:
-            logger.warning("round %d: %s refused: %s", server_round, refusal.client, refusal.error)
-        first = next((refusal.traceback for refusal in refused if refusal.traceback), "")
-        if first:
-            logger.warning("the first client's traceback:\n%s", first)
-        seconds = time.monotonic() - self._started
-        self.run.event(kind, server_round, refused=refusal_rows(refused), seconds=seconds, **fields)
+        rows = refusal_rows(refused)
+        for row in rows:
+            trace = f"\n{row['traceback']}" if "traceback" in row else ""
+            logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace)
+        self.run.event(kind, server_round, refused=rows, seconds=time.monotonic() - self._started, **fields)

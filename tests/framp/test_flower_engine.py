@@ -25,7 +25,6 @@ def measured(run: RunFolder) -> list[dict[str, object]]:
 @pytest.fixture
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails when a process survives that was started with a home below this test's folder."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield
     homes = [_home_of(process) for process in psutil.process_iter() if process.pid != os.getpid()]

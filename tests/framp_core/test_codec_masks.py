@@ -132,7 +132,7 @@ BAD_CODES = {
     "half a header": (RICE + b"\0\0", TruncatedMessageError),
     "no kept weight": (rice_by_hand(2, []), MaskMismatchError),
     "more kept than weights": (RICE + b"\0" + (SIZE + 1).to_bytes(4, "little") + b"\xff", MaskMismatchError),
-    "parameter out of range": (RICE + b"\xff" + (1).to_bytes(4, "little") + b"\xff" * 40, MaskMismatchError),
+    "parameter out of range": (RICE + b"\x40" + (1).to_bytes(4, "little") + bytes(8) + b"\x80", MaskMismatchError),
     "fewer quotients than announced": (RICE + b"\0" + (2).to_bytes(4, "little") + b"\x80", MaskMismatchError),
     "more quotients than announced": (RICE + b"\0" + (2).to_bytes(4, "little") + b"\xe0", MaskMismatchError),
     "remainders cut off": (RICE + b"\x07" + (20).to_bytes(4, "little") + b"\xff", MaskMismatchError),

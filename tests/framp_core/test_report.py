@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from framp_core.config import FrampConfig
 from framp_core.errors import RunFolderError
+from framp_core.metrics import ClientAccuracy
 from framp_core.report import finish, results_table, write_report
-from framp_core.report.figures import size_colours
+from framp_core.report.figures import _accuracy_by_size, size_colours
 from framp_core.report.summary import Record, summary_of
 from framp_core.report.tables import human_bytes, human_seconds, results
 from framp_core.run_folder import RunFolder
@@ -88,10 +90,13 @@ def masks(rng: np.random.Generator, everyone: list[dict[str, Any]]) -> dict[str,
         count = int(2000 * Fraction(client["capacity"]))
         kept.append(noisy >= np.partition(noisy, 2000 - count)[2000 - count])
     overlap = [[float((a & b).sum() / (a | b).sum()) for b in kept] for a in kept]
-    tilt = np.linspace(1.6, 0.6, len(LAYERS))
+    tilt = np.linspace(1.9, 0.75, len(LAYERS))
     return {
         "layers": [{"name": f"{name}.weight", "size": size} for name, size in LAYERS.items()],
-        "selection": {s: np.minimum(float(Fraction(s)) * tilt ** (1 - Fraction(s)), 1).tolist() for s in SIZES},
+        "selection": {
+            s: np.minimum(float(Fraction(s)) * tilt ** (-2 * np.log2(float(Fraction(s))) / 6), 1).tolist()
+            for s in SIZES
+        },
         "clients": [client["client"] for client in ordered],
         "capacities": [client["capacity"] for client in ordered],
         "overlap": overlap,
@@ -101,7 +106,8 @@ def masks(rng: np.random.Generator, everyone: list[dict[str, Any]]) -> dict[str,
 def synthetic_run(path: Path, rounds: int = 6, every: int = 3, train: int = 8, unseen: int = 4) -> RunFolder:
     """Write what a strategy would write in ``rounds`` of them, up to the last event; nothing is finished."""
     keys = {"rounds": rounds, "partition.clients": train, "partition.unseen-clients": unseen, "evaluation.every": every}
-    run = RunFolder.create(path, FrampConfig.from_flat(keys), {"digest": "5f2c" * 16, "clients": []})
+    run = RunFolder.create(path, FrampConfig.from_flat(keys))
+    run.write_json("manifest.json", {"digest": "5f2c" * 16, "clients": []})
     rng, everyone = np.random.default_rng(3), clients(train, unseen)
     counts = {"parameters": MASKABLE + ALWAYS_KEPT, "maskable": MASKABLE, "always_kept": ALWAYS_KEPT}
     others = {"generator_parameters": 70_000, "descriptor_floats": 42, "expected_clients": train + unseen + 1}
@@ -110,7 +116,7 @@ def synthetic_run(path: Path, rounds: int = 6, every: int = 3, train: int = 8, u
         sampled = rng.choice(train, size=min(train, 10), replace=False)
         replies = [exchange(rng, everyone[index], round) for index in sorted(sampled)]
         refused = [{"client": "client-0002", "error": "delta holds <NaN> at 3 of 1180 positions"}] if round == 2 else []
-        run.event("train", round, clients=replies, refused=refused, seconds=1.5)
+        run.event("train", round, clients=replies, refused=refused, seconds=1.5, learnt=round != 3)
         if round % every == 0:
             rows = measurements(rng, everyone, round)
             run.event("evaluate", round, accuracies=rows, down_bytes=900_000, refused=[], seconds=0.5)
@@ -136,7 +142,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if self.rows and self.tags[-1] in ("td", "th", "small"):
+        if self.rows and self.tags[-1] in ("td", "th", "small") and data.strip():
             self.rows[-1][-1] += data
 
 
@@ -176,7 +182,7 @@ def test_clients_csv_keeps_every_measurement(finished: RunFolder) -> None:
 
 
 def test_full_extraction_holds_every_parameter_whatever_the_capacity(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", FrampConfig.from_flat({"extraction.name": "full"}), {})
+    run = RunFolder.create(tmp_path / "run", FrampConfig.from_flat({"extraction.name": "full"}))
     counts = {"parameters": MASKABLE + ALWAYS_KEPT, "maskable": MASKABLE, "always_kept": ALWAYS_KEPT}
     run.event("start", 0, clients=clients(4, 0), **counts)
     assert {row["parameters_held"] for row in finish(run)["rows"]} == {MASKABLE + ALWAYS_KEPT}
@@ -239,6 +245,7 @@ def test_the_report_says_what_the_numbers_mean(finished: RunFolder) -> None:
     assert f"averaged over rounds (decay {config.server.averaging_decay:g}), round 6" in text
     assert "1 client of 13 did not answer" in text
     assert "1 reply refused from 1 client. The first: client-0002, train, round 2: delta holds <NaN>" in text
+    assert "1 round changed nothing, for want of valid replies: 3." in text
     assert "5f2c" * 16 in text
     assert "not finished" not in text
 
@@ -279,6 +286,15 @@ def test_a_killed_run_still_gives_a_report_that_says_so(tmp_path: Path, events: 
 def test_a_report_needs_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a run folder"):
         write_report(tmp_path)
+
+
+def test_a_size_without_measurements_leaves_its_place_empty() -> None:
+    rows = [ClientAccuracy("a", "train", "1", 1, "local", "before", 1, 4)]
+    figure = Figure()
+    _accuracy_by_size(figure, rows, SIZES)
+    (mean,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == list(SIZES)
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([SIZES.index("1")], [25.0])
 
 
 def test_sizes_are_drawn_from_light_to_dark() -> None:
