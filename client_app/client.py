@@ -155,12 +155,12 @@ class Client:
         """
         submodel = self._read(payload)
         self.model.load(torch.from_numpy(submodel.theta()))
-        counts = self._measure(final, suffix="")
+        counts = self._measure(suffix="")
         steps = self.config.evaluation.fine_tune_steps
         if final and steps:
             rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
             train_locally(self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
-            counts |= self._measure(final, suffix="-tuned")
+            counts |= self._measure(suffix="-tuned")
         return counts
 
     def _read(self, payload: bytes) -> Submodel:
@@ -169,7 +169,7 @@ class Client:
         expected = None if self.config.extraction.name == "full" else layout.kept(self.data.capacity)
         return decode_submodel(payload, layout, self.data.classes, self.model.model.feature_size, expected)
 
-    def _measure(self, final: bool, suffix: str) -> dict[str, MetricRecordValues]:
+    def _measure(self, suffix: str) -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
         populations = {
@@ -177,8 +177,8 @@ class Client:
             "validation": (self.data.validation, settings.local_prior_strength),
         }
         if self.data.role == "train":
-            limit = 0 if final else settings.union_images
-            populations["union"] = (_sample(self.data.union_test, limit), settings.union_prior_strength)
+            union = _sample(self.data.union_test, settings.union_images)
+            populations["union"] = (union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
         for name, (images, strength) in populations.items():
             result = evaluate(self.model, images, self.data.normaliser, strength * prior if strength else None)

@@ -121,7 +121,7 @@ def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
             _Plan(
                 "learning_curves",
                 "Learning curves",
-                "Mean accuracy over the training clients of each size, over rounds.",
+                "Mean accuracy over the training clients of each size, over rounds." + _union_sample(record),
                 5.2,
                 lambda figure: _learning_curves(figure, record),
             ),
@@ -161,6 +161,11 @@ def _mask_plans(masks: Mapping[str, Any]) -> list[_Plan]:
             lambda figure: _mask_selection(figure, masks),
         ),
     ]
+
+
+def _union_sample(record: Record) -> str:
+    images = record.config.evaluation.union_images
+    return f" Union is measured on {images:,} images before the last round." if images else ""
 
 
 def size_colours(capacities: Sequence[str]) -> dict[str, Any]:

@@ -43,6 +43,9 @@ pre { background: var(--wash); border-radius: 6px; padding: 0.9rem 1rem; overflo
 ul { padding-left: 1.2rem; margin: 0; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 1rem 3rem; }
+  table { font-size: 0.85rem; }
+  th, td { padding-right: 0.45rem; }
+  th + th, td + td { padding-left: 0.45rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 0.5rem; }
 }
