@@ -218,7 +218,9 @@ class EvaluationConfig(_Section):
     """What is measured, and when."""
 
     every: int = Field(10, ge=1, description="rounds between evaluations; the last round is always evaluated")
-    union_images: int = Field(0, ge=0, description="random images of the union, the same for all clients and rounds; 0: all")
+    union_images: int = Field(
+        0, ge=0, description="random images of the union, the same for all clients and rounds; 0: all"
+    )
     local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
     union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")
     fine_tune_steps: int = Field(0, ge=0, description="local steps before a second measurement at the end; 0: off")

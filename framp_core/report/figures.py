@@ -165,7 +165,7 @@ def _mask_plans(masks: Mapping[str, Any]) -> list[_Plan]:
 
 def _union_sample(record: Record) -> str:
     images = record.config.evaluation.union_images
-    return f" Union is measured on {images:,} images before the last round." if images else ""
+    return f" Union is measured on the same {images:,} images throughout." if images else ""
 
 
 def size_colours(capacities: Sequence[str]) -> dict[str, Any]:

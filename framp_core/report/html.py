@@ -117,8 +117,8 @@ def _column_note(record: Record, summary: dict[str, Any]) -> str:
     local, union = (_strength(value) for value in _strengths(config))
     decay = config.server.averaging_decay
     model = f"generator averaged over rounds (decay {decay:g})" if decay else "raw generator"
-    sampled = config.evaluation.union_images and summary["evaluated_round"] != config.rounds
-    images = f"{config.evaluation.union_images:,} of all clients'" if sampled else "all clients'"
+    sample = config.evaluation.union_images
+    images = f"{sample:,} of all clients'" if sample else "all clients'"
     at = f"round {summary['evaluated_round']}" if summary["evaluated_round"] is not None else "no round yet"
     terms = [
         ("Local", f"each training client's own submodel on its own test images; {local}", covered["local_clients"]),

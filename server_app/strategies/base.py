@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from framp_core.codec import PROTOCOL_VERSION, Encoded, decode_update, encode_submodel
+from framp_core.codec import PROTOCOL_VERSION, decode_update, encode_submodel
 from framp_core.config import FrampConfig, Scalar
 from framp_core.errors import FrampError, ProtocolError
 from framp_core.fingerprint import code_fingerprint
@@ -68,12 +68,19 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A message on its way: to whom, with which mask, at which cost. Flower fills in the message's id on sending."""
+    """A message on its way: to whom, with which mask, at which cost. Flower fills in the message's id on sending.
+
+    Masks wait as bits: an evaluation of a hundred ResNets would otherwise hold a gigabyte of booleans.
+    """
 
     message: Message
     client: ClientRecord
-    mask: np.ndarray
-    encoded: Encoded
+    mask_bits: np.ndarray
+    parts: dict[str, int]
+
+    def mask(self, size: int) -> np.ndarray:
+        """Kept positions, bool ``(size,)``."""
+        return np.unpackbits(self.mask_bits, count=size).view(bool)
 
 
 class SubmodelStrategy(Strategy):
@@ -199,7 +206,7 @@ class SubmodelStrategy(Strategy):
                 refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
             else:
                 updates.append(update)
-                rows.append(train_row(update, sent[reply.client].encoded.parts, parts))
+                rows.append(train_row(update, sent[reply.client].parts, parts))
         learnt, metrics = self._learn(updates, server_round)
         self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
         arrays = ArrayRecord(self.state()) if server_round == self.config.rounds else None
@@ -219,7 +226,7 @@ class SubmodelStrategy(Strategy):
             for client in self.registry.online()
         ]
         if final:
-            masks = [(item.client.name, item.client.capacity, item.mask) for item in self._outbox]
+            masks = ((item.client.name, item.client.capacity, item.mask(self.layout.size)) for item in self._outbox)
             self.run.write_json("masks.json", mask_statistics(self.layout, masks))
         return [item.message for item in self._outbox]
 
@@ -227,7 +234,7 @@ class SubmodelStrategy(Strategy):
         """Record every client's counts."""
         if not self._outbox:
             return None
-        down_bytes = sum(len(item.encoded.blob) for item in self._outbox)
+        down_bytes = sum(sum(item.parts.values()) for item in self._outbox)
         sent, good, refused = self._collect(replies)
         rows = []
         for reply in good:
@@ -303,7 +310,7 @@ class SubmodelStrategy(Strategy):
         instruction = self._instruction(server_round, **{**config, "final": final, **extra})
         content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
-        return Outgoing(message, client, mask, encoded)
+        return Outgoing(message, client, np.packbits(mask), encoded.parts)
 
     def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
@@ -319,10 +326,11 @@ class SubmodelStrategy(Strategy):
             raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
         if not math.isfinite(loss) or examples < 1:
             raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
-        update = decode_update(blob, self.layout, sent.mask, self._classes, self._feature_size)  # type: ignore[arg-type]
+        mask = sent.mask(self.layout.size)
+        update = decode_update(blob, self.layout, mask, self._classes, self._feature_size)  # type: ignore[arg-type]
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
-        accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
+        accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts
 
     def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:

@@ -12,7 +12,7 @@ from framp_core.mask_statistics import jaccard_matrix, mask_statistics
 
 @given(arrays(bool, (4, 37)))
 def test_jaccard_is_intersection_over_union(masks: np.ndarray) -> None:
-    matrix = jaccard_matrix(masks)
+    matrix = jaccard_matrix(np.packbits(masks, axis=1))
     for row in range(4):
         for column in range(4):
             ones, others = set(np.flatnonzero(masks[row])), set(np.flatnonzero(masks[column]))

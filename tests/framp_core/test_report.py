@@ -188,6 +188,12 @@ def test_full_extraction_holds_every_parameter_whatever_the_capacity(tmp_path: P
     assert {row["parameters_held"] for row in finish(run)["rows"]} == {MASKABLE + ALWAYS_KEPT}
 
 
+def test_mean_parameters_are_those_of_training_clients(tmp_path: Path) -> None:
+    summary = summary_of(Record.of(synthetic_run(tmp_path / "run", rounds=1, train=4, unseen=1)))
+    assert summary["rows"][-1]["parameters_held"] == pytest.approx(sum(map(held, SIZES)) / 4)
+    assert summary["rows"][-1]["parameters_held"] != pytest.approx((sum(map(held, SIZES)) + held("1/64")) / 5)
+
+
 def test_a_round_done_again_after_a_resume_counts_once(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", rounds=3)
     before = summary_of(Record.of(run))

@@ -64,7 +64,7 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="file/run.*cannot be written"):
+    with pytest.raises(RunFolderError, match=r"file/run.*cannot be written"):
         RunFolder.create(tmp_path / "file" / "run", CONFIG)
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     run.event("train", 1)
     file = run.path / "events.jsonl"
     file.write_text(file.read_text().replace('{"kind": "start"', '{"kind" "start"'))
-    with pytest.raises(RunFolderError, match="line 1 of .*events.jsonl.* is not JSON"):
+    with pytest.raises(RunFolderError, match=r"line 1 of .*events.jsonl.* is not JSON"):
         run.events()
 
 
