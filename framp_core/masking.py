@@ -10,6 +10,7 @@ import numpy as np
 from framp_core.config import ExtractionConfig
 from framp_core.errors import ModelError, NonFiniteError
 from framp_core.layout import ParameterLayout
+from framp_core.rounding import largest_remainder
 
 
 def scores(theta: np.ndarray, layout: ParameterLayout, fan_in_exponent: float) -> np.ndarray:
@@ -74,8 +75,9 @@ def layer_top_k(scores: np.ndarray, layout: ParameterLayout, k: int) -> np.ndarr
     _check(scores, layout, k)
     mask = ~layout.maskable
     layers = [slot for slot in layout.slots if slot.maskable]
-    for slot, share in zip(layers, _largest_remainder(k, [slot.size for slot in layers]), strict=True):
-        mask[slot.slice] = _largest(scores[slot.slice], share)
+    shares = largest_remainder(k, np.array([slot.size for slot in layers]))
+    for slot, share in zip(layers, shares, strict=True):
+        mask[slot.slice] = _largest(scores[slot.slice], int(share))
     return mask
 
 
@@ -119,16 +121,6 @@ def _largest(values: np.ndarray, k: int) -> np.ndarray:
     tied = np.flatnonzero(values == threshold)
     kept[tied[: k - np.count_nonzero(kept)]] = True
     return kept
-
-
-def _largest_remainder(total: int, sizes: list[int]) -> list[int]:
-    """Integers that sum to ``total`` <= sum(sizes), in proportion to ``sizes`` and never above them."""
-    whole = sum(sizes)
-    shares = [total * size // whole for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda index: -(total * sizes[index] % whole))
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
 
 
 def _check(scores: np.ndarray, layout: ParameterLayout, k: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from framp_core.config import CapacityConfig, FrampConfig, PartitionConfig
 from framp_core.errors import DataError
 from framp_core.randomness import stream
+from framp_core.rounding import largest_remainder
 
 MANIFEST_VERSION = 1
 
@@ -141,27 +142,6 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
         seed=seed,
         settings={"partition": nested["partition"], "capacity": nested["capacity"]},
     )
-
-
-def largest_remainder(total: int, weights: np.ndarray) -> np.ndarray:
-    """Divide ``total`` in proportion to ``weights``: round down, then one more to the largest remainders.
-
-    Args:
-        total: >= 0.
-        weights: ``(n,)``, >= 0, not all zero. Equal remainders are served by lowest index.
-
-    Returns:
-        int64 ``(n,)``, sum ``total``.
-    """
-    if np.issubdtype(weights.dtype, np.integer):
-        counts, remainders = np.divmod(total * weights, weights.sum())
-    else:
-        exact = total * (weights / weights.sum())
-        counts = np.floor(exact).astype(np.int64)
-        remainders = exact - counts
-    served = np.argsort(-remainders, kind="stable")[: total - counts.sum()]
-    counts[served] += 1
-    return counts
 
 
 def _name(index: int) -> str:
