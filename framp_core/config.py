@@ -250,7 +250,7 @@ class FrampConfig(_Section):
 
     method: Literal["framp"] = "framp"
     seed: int = Field(0, ge=0, description="root of every random stream")
-    rounds: int = Field(60, ge=1)
+    rounds: int = Field(100, ge=1)
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     capacity: CapacityConfig = CapacityConfig()
