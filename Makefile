@@ -14,10 +14,12 @@ test: $(VENV)/.installed
 
 # The stamp is newer than pyproject.toml once everything is installed.
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { $(PYTHON) --version; echo "FRAMP needs Python 3.11, 3.12 or 3.13: make run PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) framp.egg-info

@@ -5,31 +5,19 @@ and an exception would lose its traceback on the way. Errors travel as content, 
 """
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.client import Client, Instruction
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
+from framp_core.threads import torch_threads
 
 app = ClientApp()
 
 Handler = Callable[[Instruction, Client], RecordDict]
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run with a fixed number of torch threads: part of the numbers, so it must not follow the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_fingerprint(expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What a client does with a message, free of Flower's transport."""
+"""What a client does with a message; knows Flower's records and nothing of its transport."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,8 @@ class Instruction:
         server_round: the current round, 0 during discovery.
         final: whether this is the last evaluation of the run.
         payload: the encoded submodel; empty in a query.
-        overrides: flat config keys for this client and round alone, for example ``local.learning-rate``.
+        overrides: flat config keys of the section ``local`` for this client and round alone, for example
+            ``local.learning-rate``; a server decides how a device trains, not what it reads or where it writes.
     """
 
     fingerprint: str
@@ -41,18 +42,22 @@ class Instruction:
         """Read the records ``config`` and ``framp`` of a message.
 
         Raises:
-            ProtocolError: a record or a key is missing.
+            ProtocolError: a record or a key is missing, or an override is not of the section ``local``.
         """
         config, payload = content.get("config"), content.get("framp", ConfigRecord())
         if not isinstance(config, ConfigRecord) or not isinstance(payload, ConfigRecord):
             raise ProtocolError(f"the message holds {sorted(content)}, expected the records config and framp")
+        overrides: dict[str, Scalar] = {key: value for key, value in config.items() if "." in key}  # type: ignore[misc]
+        foreign = [key for key in overrides if not key.startswith("local.")]
+        if foreign:
+            raise ProtocolError(f"the server may override keys of the section local, not {', '.join(foreign)}")
         try:
             return cls(
                 fingerprint=str(config["fingerprint"]),
                 server_round=int(config["round"]),  # type: ignore[arg-type]
                 final=bool(config.get("final", False)),
                 payload=bytes(payload.get("payload", b"")),  # type: ignore[arg-type]
-                overrides={key: value for key, value in config.items() if "." in key},  # type: ignore[misc]
+                overrides=overrides,
             )
         except KeyError as error:
             raise ProtocolError(f"the message's config lacks {error}; it holds {sorted(config)}") from error
@@ -88,7 +93,7 @@ class Client:
             ConfigError: the node's configuration lacks its partition.
         """
         local = {"data.root": node_config["data-dir"]} if "data-dir" in node_config else {}
-        config = FrampConfig.from_flat({**run_config, **local, **overrides})
+        config = FrampConfig.from_flat({**run_config, **overrides, **local})
         try:
             partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
         except KeyError as error:
@@ -124,9 +129,9 @@ class Client:
         }
 
     def describe(self) -> bytes:
-        """The encoded descriptor and class counts."""
+        """The encoded descriptor."""
         vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
-        return encode_descriptor(vector, self.data.class_counts()).blob
+        return encode_descriptor(vector).blob
 
     def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, MetricRecordValues]]:
         """Train the submodel in ``payload``; return the encoded update and the metrics."""

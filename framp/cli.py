@@ -1,6 +1,7 @@
 """The ``framp`` command."""
 
 import logging
+import signal
 import sys
 from datetime import datetime
 from enum import StrEnum
@@ -72,8 +73,11 @@ def run(
     from framp_core.report import results_table
 
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
-    folder = (out.expanduser().resolve() if out else None) or new_run_folder(config)
-    loaded = load_config(config, override, **{"output.folder": str(folder), **fixed})
+    if out is not None:
+        fixed["output.folder"] = str(out.expanduser().resolve())
+    loaded = load_config(config, override, **fixed)
+    folder = Path(loaded.output.folder or new_run_folder(config))
+    loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
     with RunProgress(console, folder, loaded.rounds):
         finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
@@ -84,11 +88,11 @@ def run(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
     """Write report.html of a run folder again, and print its table."""
-    from framp_core.report import results_table, write_report
+    from framp_core.report import results_table, summary_of_run, write_report
     from framp_core.run_folder import RunFolder
 
     path = write_report(run_dir.resolve())
-    console.print(results_table(RunFolder.open(run_dir.resolve()).json("summary.json")))
+    console.print(results_table(summary_of_run(RunFolder.open(run_dir.resolve()))))
     console.print(f"report: {path}", soft_wrap=True)
 
 
@@ -107,14 +111,28 @@ def inspect(config: ConfigPath = None, override: Overrides = None) -> None:
 
 
 def _clients_table(summary: "DataSummary") -> Table:
-    table = Table(title="Clients (training images per class on the right)", title_justify="left")
-    for heading in ("client", "role", "capacity"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("train", "validation", "test", *summary.class_names):
-        table.add_column(heading, justify="right")
-    for row in summary.clients:
-        counts = (row.train, row.validation, row.test, *row.class_counts)
-        table.add_row(row.client, row.role, row.capacity, *(str(count) if count else "·" for count in counts))
+    from rich.text import Text
+
+    from framp_core.data.inspect import shares_text
+
+    headings = ("client", "role", "size", "train", "val.", "test", "classes")
+    rows = [
+        tuple(map(str, (row.client, row.role, row.capacity, row.train, row.validation, row.test, row.classes)))
+        for row in summary.clients
+    ]
+    table = Table(
+        title="Clients and their training images",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < 3 else "right", no_wrap=True)
+    table.add_column("most frequent")
+    taken = sum(1 + max(map(len, column)) for column in zip(headings, *rows, strict=True))
+    for cells, row in zip(rows, summary.clients, strict=True):
+        table.add_row(*cells, Text(shares_text(row.most_frequent, console.width - taken)))
     return table
 
 
@@ -126,7 +144,12 @@ def _log_errors() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that FRAMP names become one message and exit status 1."""
+    """Entry point: errors that FRAMP names become one message and exit status 1.
+
+    A termination signal ends the program like an error, so that engines stop the processes they started.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         app()
     except FrampError as error:

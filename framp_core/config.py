@@ -210,6 +210,7 @@ class ServerConfig(_Section):
     averaging_decay: float = Field(0.8, ge=0, lt=1, description="averaged generator for evaluation; 0: off")
     prototype_decay: float = Field(0.5, ge=0, lt=1, description="moving average of prototypes over rounds; 0: off")
     minimum_replies: int = Field(1, ge=1, description="valid replies below which a round changes nothing")
+    empty_rounds: int = Field(5, ge=1, description="rounds in a row that may learn nothing before the run fails")
     round_deadline: float = Field(600.0, gt=0, description="seconds to wait for the replies of a round")
     discovery_deadline: float = Field(120.0, gt=0, description="seconds to wait for clients at the start")
 
@@ -233,7 +234,7 @@ class WireConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """How the in-process engine works; it never changes the numbers."""
+    """Worker processes of the in-process engine, or Ray's client actors; they never change the numbers."""
 
     workers: int = Field(1, ge=0, description="processes; 1: in this process, 0: one per core")
 
@@ -242,6 +243,7 @@ class OutputConfig(_Section):
     """Where the run folder goes."""
 
     folder: str = Field("", description="absolute, must not exist; empty: a new folder below ~/framp-runs")
+    checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints; the last round always has one")
     tensorboard: bool = Field(False, description="also write TensorBoard scalars")
 
 
@@ -311,11 +313,6 @@ class FrampConfig(_Section):
             ConfigError: the file is missing or is not TOML, or :meth:`from_flat` refuses it.
         """
         return cls.from_flat({**(_read_toml(path) if path else {}), **_hyphenated(overrides or {})})
-
-    @classmethod
-    def flat_keys(cls) -> list[str]:
-        """All valid flat keys, hyphenated."""
-        return list(cls().to_flat())
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat dotted, hyphenated keys and scalar values: the argument of :meth:`from_flat`."""

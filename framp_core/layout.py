@@ -1,10 +1,10 @@
 """The one description of a model's flat parameter vector."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class ParameterLayout:
     """
 
     slots: tuple[ParameterSlot, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The layout itself: it never changes, and its cached vectors take 5 bytes per parameter."""
+        return self
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterLayout":
@@ -111,7 +115,3 @@ class ParameterLayout:
         """
         parts = torch.split(flat, self.sizes, dim=-1)
         return [part.reshape(*flat.shape[:-1], *slot.shape) for part, slot in zip(parts, self.slots, strict=True)]
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Inverse of :meth:`split` for one model: concatenate tensors into a vector ``(n,)``."""
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])

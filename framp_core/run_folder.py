@@ -77,13 +77,8 @@ class RunFolder:
         if config.output.tensorboard:
             _summary_writer()
         try:
+            cls.refuse_existing(path)
             path.mkdir(parents=True, exist_ok=True)
-            taken = sorted(entry.name for entry in path.iterdir())
-            if taken:
-                raise RunFolderError(
-                    f"the run folder {str(path)!r} exists and holds {', '.join(taken[:3])}; "
-                    "results are never overwritten: give output.folder another path or remove it"
-                )
             run = cls(path, config)
             run._replace(CONFIG, config.to_toml())
             run.write_json(ENVIRONMENT, environment(config))
@@ -92,6 +87,22 @@ class RunFolder:
                 f"the run folder {str(path)!r} cannot be written ({error}); give output.folder a path that can"
             ) from error
         return run
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Check that a run may be written here.
+
+        Raises:
+            RunFolderError: the path is a file, or a folder that holds something.
+        """
+        if path.is_file():
+            raise RunFolderError(f"the run folder {str(path)!r} is a file; give output.folder another path")
+        taken = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if taken:
+            raise RunFolderError(
+                f"the run folder {str(path)!r} exists and holds {', '.join(taken[:3])}; "
+                "results are never overwritten: give output.folder another path or remove it"
+            )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

@@ -5,13 +5,13 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import RunFolder
+from framp_core.threads import torch_threads
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
 logger = logging.getLogger("flwr.framp")
@@ -26,7 +26,7 @@ def default_run_folder(config: FrampConfig) -> Path:
 
 
 def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy] | None = None) -> RunFolder:
-    """Run a strategy over ``grid``; write run folder, checkpoint and report.
+    """Run a strategy over ``grid``; write run folder, checkpoints and report.
 
     Args:
         grid: Flower's connection to the clients, or the in-process one.
@@ -34,14 +34,13 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
         strategy_class: your own strategy; the one that ``config.method`` names if None.
 
     Raises:
-        FrampError: the run folder exists, no client answered, or the model cannot be built.
+        FrampError: the run folder exists, no client answered, the model cannot be built, or nothing is learnt.
     """
-    torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
     run = RunFolder.create(folder, config)
     strategy = (strategy_class or STRATEGIES[config.method])(config, run)
-    strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
-    run.write_checkpoint(strategy.state(), {"round": config.rounds, "config_digest": config.digest()})
+    with torch_threads(os.cpu_count() or 1):
+        strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
     finish(run)
     write_report(run.path)
     return run

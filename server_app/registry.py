@@ -1,8 +1,10 @@
 """Who takes part: discovery by query messages, clients keyed by their stable name."""
 
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +20,8 @@ from server_app.replies import Refusal, Reply, read_replies
 
 logger = logging.getLogger("flwr.framp")
 POLL_SECONDS = 0.2
+RETRY_SECONDS = 30.0
+"""A refused or silent node is asked again after this time: it may have been repaired, or its twin may be gone."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,6 @@ class ClientRecord:
         partitions: number of partitions that the client knows of.
         partition_digest: hash of the partition the client works on.
         descriptor: v_i, float32 ``(d,)``.
-        class_counts: training images per class, int64 ``(classes,)``.
         descriptor_bytes: size of the encoded descriptor.
     """
 
@@ -49,7 +52,6 @@ class ClientRecord:
     partitions: int
     partition_digest: str
     descriptor: np.ndarray
-    class_counts: np.ndarray
     descriptor_bytes: int
 
     @classmethod
@@ -62,49 +64,70 @@ class ClientRecord:
         try:
             card, blob = content.config_records["client"], content.config_records["framp"]["payload"]
             channels, height, width = (int(side) for side in card["shape"])  # type: ignore[union-attr, arg-type]
-            classes = int(card["classes"])  # type: ignore[arg-type]
-            descriptor, counts = decode_descriptor(blob, classes)  # type: ignore[arg-type]
             return cls(
                 name=str(card["name"]),
                 node_id=node_id,
                 role=_role(card["role"]),
                 capacity=parse_capacity(card["capacity"]),
                 shape=(channels, height, width),
-                classes=classes,
+                classes=int(card["classes"]),  # type: ignore[arg-type]
                 train_examples=int(card["train-examples"]),  # type: ignore[arg-type]
                 partitions=int(card["partitions"]),  # type: ignore[arg-type]
                 partition_digest=str(card["partition-digest"]),
-                descriptor=descriptor,
-                class_counts=counts,
+                descriptor=decode_descriptor(blob),  # type: ignore[arg-type]
                 descriptor_bytes=len(blob),  # type: ignore[arg-type]
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a description lacks or garbles a field: {type(error).__name__} {error}") from error
 
+    @property
+    def task(self) -> str:
+        """What all clients of a run must agree on."""
+        return (
+            f"images of shape {self.shape}, {self.classes} classes, descriptors of {len(self.descriptor)} floats, "
+            f"partition {self.partition_digest[:12]} over {self.partitions} nodes"
+        )
+
+
+def _role(value: object) -> Role:
+    if value not in ("train", "unseen"):
+        raise ProtocolError(f"the role {value!r} is neither train nor unseen")
+    return "train" if value == "train" else "unseen"
+
 
 class ClientRegistry:
-    """Clients by name. Asks every node it has not seen before, at the start and in every round.
+    """Clients by name.
+
+    Every node that connects, or connects again, is asked for its description, and asked once more every
+    ``RETRY_SECONDS`` while it is refused. Nothing here waits for a single node, so one that hangs holds nobody up.
 
     Args:
         config: patience, number of clients to wait for.
         instruction: the record ``config`` of the query messages (fingerprint and round).
+
+    Attributes:
+        clients: every client that was ever admitted, by name.
     """
 
     def __init__(self, config: FrampConfig, instruction: ConfigRecord) -> None:
         self._config = config
         self._instruction = instruction
-        self._asked: set[int] = set()
         self._online: set[int] = set()
+        self._pending: dict[str, int] = {}
+        self._retry_at: dict[int, float] = {}
+        self._described: set[int] = set()
+        self._task = ""
+        self._refused: dict[int, Refusal] = {}
+        self._news: list[Refusal] = []
         self.clients: dict[str, ClientRecord] = {}
-        self.refused: list[Refusal] = []
 
     @property
     def expected(self) -> int:
         """How many clients there should be: as many as their partition has parts, if a client told."""
-        told = [client.partitions for client in self.clients.values()]
-        return max(told, default=self._config.partition.nodes)
+        told = Counter(client.partitions for client in self.clients.values())
+        return told.most_common(1)[0][0] if told else self._config.partition.nodes
 
-    def online(self, role: str | None = None) -> list[ClientRecord]:
+    def online(self, role: Role | None = None) -> list[ClientRecord]:
         """Clients whose node is connected, sorted by name."""
         return [
             client
@@ -112,71 +135,120 @@ class ClientRegistry:
             if client.node_id in self._online and role in (None, client.role)
         ]
 
+    def take_refusals(self) -> list[Refusal]:
+        """Refused descriptions since the last call."""
+        news, self._news = self._news, []
+        return news
+
     def wait(self, grid: Grid) -> None:
-        """Ask nodes as they connect, until all expected clients are known or the deadline has passed.
+        """Ask nodes as they connect, until every expected node has answered or the deadline has passed.
+
+        Then the clients must agree on their task; those that differ from the majority are refused.
 
         Raises:
-            EngineError: no client answered in time, or the first refusal if all were refused.
+            EngineError: no client answered in time, or all were refused; the first reason is given.
         """
         deadline = time.monotonic() + self._config.server.discovery_deadline
-        while len(self._asked) < self.expected and time.monotonic() < deadline:
-            if not self.refresh(grid, deadline - time.monotonic()):
-                time.sleep(POLL_SECONDS)
-        if not self.clients:
-            reason = self.refused[0].traceback or self.refused[0].error if self.refused else "no node connected"
+        self.poll(grid)
+        while len(self.clients) + len(self._refused) < self.expected and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            self.poll(grid)
+        self._agree()
+        if not self.online():
+            first = next(iter(self._refused.values()), None)
+            reason = (first.traceback or first.error) if first else "no node connected"
             raise EngineError(
-                f"no client answered within {self._config.server.discovery_deadline:g} s "
-                f"(server.discovery-deadline); {len(self._asked)} nodes were asked. First reason: {reason}"
+                f"no client took part within {self._config.server.discovery_deadline:g} s "
+                f"(server.discovery-deadline). First reason: {reason}"
             )
         if len(self.clients) < self.expected:
             logger.warning("%d of %d clients answered; the run goes on", len(self.clients), self.expected)
 
-    def refresh(self, grid: Grid, timeout: float) -> bool:
-        """Ask nodes that were not asked before; return whether there were any."""
-        self._online = set(grid.get_node_ids())
-        new = sorted(self._online - self._asked)
-        if not new:
-            return False
-        messages = [
-            Message(RecordDict({"config": self._instruction}), node, "query.describe", group_id="0") for node in new
-        ]
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        labels = {message.metadata.message_id: f"node {message.metadata.dst_node_id}" for message in messages}
-        nodes = {f"node {node}": node for node in new}
-        good, refused = read_replies(labels, replies)
-        silent = {refusal.client for refusal in refused if refusal.missing}
-        self._asked |= {node for label, node in nodes.items() if label not in silent}
-        self.refused += refused + self._admit((nodes[reply.client], reply) for reply in good)
-        return True
+    def require(self, grid: Grid, count: int) -> None:
+        """Look for new nodes, then wait until at least ``count`` clients that train are connected.
 
-    def _admit(self, replies: Iterable[tuple[int, Reply]]) -> list[Refusal]:
-        refused = []
-        for node, reply in replies:
+        Raises:
+            EngineError: they are not within ``server.discovery-deadline``.
+        """
+        deadline = time.monotonic() + self._config.server.discovery_deadline
+        self.poll(grid)
+        while len(self.online("train")) < count:
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{len(self.online('train'))} clients that train are connected, server.minimum-replies asks for "
+                    f"{count}; waited {self._config.server.discovery_deadline:g} s (server.discovery-deadline)"
+                )
+            time.sleep(POLL_SECONDS)
+            self.poll(grid)
+
+    def poll(self, grid: Grid) -> None:
+        """Ask nodes that are due, and take in the answers that have come."""
+        before, self._online = self._online, set(grid.get_node_ids())
+        self._described -= before - self._online
+        for node in set(self._retry_at) - self._online:
+            self._retry_at.pop(node)
+            self._refused.pop(node, None)
+        self._ask(grid)
+        if self._pending:
+            labels = {key: str(node) for key, node in self._pending.items()}
+            good, bad = read_replies(labels, grid.pull_messages(list(self._pending)))
+            silent = {int(refusal.client) for refusal in bad if refusal.missing}
+            self._pending = {key: node for key, node in self._pending.items() if node in silent}
+            self._admit(good)
+            for refusal in bad:
+                if not refusal.missing:
+                    self._refuse(int(refusal.client), refusal.error, refusal.traceback)
+
+    def _ask(self, grid: Grid) -> None:
+        now = time.monotonic()
+        due = [node for node in sorted(self._online - self._described) if self._retry_at.get(node, -math.inf) <= now]
+        if not due:
+            return
+        # An older question to the same node is given up: whichever answer comes, only the newest is waited for.
+        self._pending = {key: node for key, node in self._pending.items() if node not in due}
+        messages = [
+            Message(RecordDict({"config": self._instruction}), node, "query.describe", group_id="0") for node in due
+        ]
+        grid.push_messages(messages)
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self._pending[message.metadata.message_id] = node
+            self._retry_at[node] = now + max(RETRY_SECONDS, self._config.server.discovery_deadline)
+
+    def _admit(self, replies: Sequence[Reply]) -> None:
+        for reply in sorted(replies, key=lambda reply: int(reply.client)):
+            node = int(reply.client)
             try:
                 record = ClientRecord.read(node, reply.content)
                 self._check(record)
             except FrampError as error:
-                refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
-                logger.warning("%s refused: %s", reply.client, error)
+                self._refuse(node, f"{type(error).__name__}: {error}")
             else:
+                self._refused.pop(node, None)
+                self._described.add(node)
                 self.clients[record.name] = record
-        return refused
+
+    def _refuse(self, node: int, error: str, traceback: str = "") -> None:
+        refusal = Refusal(f"node {node}", error, traceback)
+        self._retry_at[node] = time.monotonic() + RETRY_SECONDS
+        if self._refused.get(node) != refusal:
+            self._news.append(refusal)
+        self._refused[node] = refusal
 
     def _check(self, new: ClientRecord) -> None:
         holder = self.clients.get(new.name)
-        if holder is not None and holder.node_id in self._online:
+        if holder is not None and holder.node_id != new.node_id and holder.node_id in self._online:
             raise ProtocolError(f"two connected nodes call themselves {new.name!r}; give each its own client-name")
-        for other in list(self.clients.values())[:1]:
-            same = (other.shape, other.classes, len(other.descriptor)) == (new.shape, new.classes, len(new.descriptor))
-            if not same:
-                raise ProtocolError(
-                    f"{new.name} has images {new.shape}, {new.classes} classes and a descriptor of "
-                    f"{len(new.descriptor)} floats; {other.name} has {other.shape}, {other.classes} and "
-                    f"{len(other.descriptor)}"
-                )
+        if self._task and new.task != self._task:
+            raise ProtocolError(f"{new.name} has {new.task}; this run is about {self._task}")
 
-
-def _role(value: object) -> Role:
-    if value not in ("train", "unseen"):
-        raise ProtocolError(f"the role {value!r} is neither train nor unseen")
-    return "train" if value == "train" else "unseen"
+    def _agree(self) -> None:
+        tasks = Counter(client.task for _, client in sorted(self.clients.items()))
+        if not tasks:
+            return
+        self._task = tasks.most_common(1)[0][0]
+        for name, client in sorted(self.clients.items()):
+            if client.task != self._task:
+                del self.clients[name]
+                self._described.discard(client.node_id)
+                self._refuse(client.node_id, f"ProtocolError: {name} has {client.task}; most have {self._task}")

@@ -54,9 +54,14 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
 
 
+def without_colours(text: str) -> str:
+    """Text of a log without the terminal's colour codes."""
+    return _ANSI.sub("", text)
+
+
 def _problem(client: str, message: Message) -> Refusal | None:
     if message.has_error():
-        reason = _last_line(_ANSI.sub("", message.error.reason or ""))
+        reason = _last_line(without_colours(message.error.reason or ""))
         return Refusal(client, f"Flower error {message.error.code}: {reason}")
     error = message.content.config_records.get("error")
     if error is None:

@@ -20,6 +20,7 @@ TINY: dict[str, Scalar] = {
     "model.groups": 4,
     "generator.hidden": 8,
     "local.steps": 2,
+    "local.device": "cpu",
     "server.clients-per-round": 3,
     "evaluation.every": 1,
 }

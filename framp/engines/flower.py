@@ -21,11 +21,13 @@ from pathlib import Path
 
 import httpx
 import psutil
+import torch
 
 from framp_core.config import FrampConfig
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
 from framp_core.run_folder import RunFolder
+from server_app.replies import without_colours
 
 logger = logging.getLogger("flwr.framp")
 _CONNECTION = "framp"
@@ -33,7 +35,6 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _RUN_ID = re.compile(r"started run (\d+)")
 _NAMED_ERROR = re.compile(r"^framp_core\.errors\.(\w+: .*)$", re.MULTILINE)
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_flower(config: FrampConfig) -> RunFolder:
@@ -43,10 +44,12 @@ def run_flower(config: FrampConfig) -> RunFolder:
     Flower prints is kept in the run folder as ``flower.log``.
 
     Raises:
+        RunFolderError: the run folder exists.
         EngineError: no app folder, no SuperLink, or the run did not complete; carries Flower's own words.
     """
     if not config.output.folder:
         raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
+    RunFolder.refuse_existing(Path(config.output.folder))
     app = code_root()
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
@@ -80,11 +83,12 @@ def flower_environment(home: Path) -> dict[str, str]:
 
 
 def federation_options(config: FrampConfig) -> str:
-    """Value of ``--federation-config``: one node per client, one core per actor."""
+    """Value of ``--federation-config``: one node per client, one core and an equal share of the GPUs per actor."""
     workers = config.engine.workers or os.cpu_count() or 1
+    gpus = 0 if config.local.device == "cpu" else torch.cuda.device_count()
     return (
         f"num-supernodes={config.partition.nodes} client-resources-num-cpus=1 "
-        f"client-resources-num-gpus=0.0 init-args-num-cpus={workers}"
+        f"client-resources-num-gpus={gpus / workers:.3f} init-args-num-cpus={workers} init-args-num-gpus={gpus}"
     )
 
 
@@ -195,12 +199,12 @@ def _check_status(run_id: int, environment: dict[str, str], log: Path) -> None:
 
 def _reason(log: Path) -> str:
     """The error that ended the app, or the end of the log where none can be told."""
-    named = _NAMED_ERROR.findall(_ANSI.sub("", log.read_text(encoding="utf-8", errors="replace")))
+    named = _NAMED_ERROR.findall(without_colours(log.read_text(encoding="utf-8", errors="replace")))
     return str(named[-1]) if named else "the end of its log:\n" + _tail(log)
 
 
 def _tail(path: Path, lines: int = 20) -> str:
     try:
-        return _ANSI.sub("", "\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+        return without_colours("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
     except OSError:
         return "(no log was written)"

@@ -1,11 +1,10 @@
 """Flower's grid without Ray: clients run in this process, or in a pool of worker processes."""
 
-import logging
 import multiprocessing
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self
@@ -18,7 +17,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from framp_core.config import FrampConfig, Scalar
 from framp_core.run_folder import RunFolder
 
-logger = logging.getLogger("flwr.framp")
 _CLIENT_APP_RAISED = 2
 _CLIENT_APP_CRASHED = 8
 _FIRST_NODE_ID = 1000
@@ -115,33 +113,59 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer_all(self, messages: Sequence[Message]) -> list[Message]:
-        pairs = [(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+        nodes = [message.metadata.dst_node_id for message in messages]
         if self._workers == 1:
-            return [_answer(self._client_app, message, context) for message, context in pairs]
+            answers = [_answer(self._client_app, *pair) for pair in self._with_contexts(messages)]
+        else:
+            answers = self._answer_in_pool(messages)
+        for node, (_, state) in zip(nodes, answers, strict=True):
+            self._contexts[node].state = state
+        return [reply for reply, _ in answers]
+
+    def _with_contexts(self, messages: Sequence[Message]) -> list[tuple[Message, Context]]:
+        return [(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+
+    def _answer_in_pool(self, messages: Sequence[Message]) -> list[tuple[Message, RecordDict]]:
+        """A worker that dies takes the unfinished messages of its batch with it; the next batch has a new pool."""
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=spawn)
-        futures = [self._pool.submit(_answer, self._client_app, message, context) for message, context in pairs]
-        replies = []
-        for message, future in zip(messages, futures, strict=True):
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+        pool, answers = self._pool, []
+        futures = [(pair, _submit(pool, self._client_app, *pair)) for pair in self._with_contexts(messages)]
+        for (message, context), future in futures:
             try:
-                replies.append(future.result())
+                answers.append(future.result())
             except BrokenProcessPool as error:
                 self._pool = None
-                replies.append(Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message))
-        return replies
+                answers.append((Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message), context.state))
+        return answers
 
 
-def _answer(client_app: ClientApp, message: Message, context: Context) -> Message:
+def _submit(
+    pool: ProcessPoolExecutor, client_app: ClientApp, message: Message, context: Context
+) -> Future[tuple[Message, RecordDict]]:
+    """A worker may die while its batch is still being handed out; then the rest fails like what it held."""
     try:
-        return client_app(message, context)
+        return pool.submit(_answer, client_app, message, context)
+    except BrokenProcessPool as error:
+        failed: Future[tuple[Message, RecordDict]] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _answer(client_app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict]:
+    """The reply and the node's state after it."""
+    try:
+        return client_app(message, context), context.state
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)
+        return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message), context.state
 
 
 def run_local(config: FrampConfig) -> RunFolder:
     """Run a configuration in the in-process engine and return its run folder.
+
+    With ``engine.workers`` other than 1, call it below ``if __name__ == "__main__":``; the workers are new processes
+    that import the calling script.
 
     Raises:
         FrampError: see :func:`server_app.app.serve`.

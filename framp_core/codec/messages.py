@@ -2,8 +2,8 @@
 
 Wire format, little-endian: magic ``FRMP``, protocol version (1 byte), kind (1), value format (1), the length of each
 part (4 each), the parts, CRC-32 of everything before (4). A submodel has the parts values, mask and prototypes; an
-update values and prototypes, since both ends know the mask; a descriptor its vector and the class counts. Prototypes
-are their number p, then p class ids, p image counts and p x f float32 means; an empty part stands for no prototypes.
+update values and prototypes, since both ends know the mask; a descriptor its vector alone. Prototypes are their number
+p, then p class ids, p image counts and p x f float32 means; an empty part stands for no prototypes.
 """
 
 import struct
@@ -26,6 +26,8 @@ from framp_core.layout import ParameterLayout
 from framp_core.prototypes import Prototypes
 
 PROTOCOL_VERSION = 1
+MAX_DESCRIPTOR_SIZE = 65_536
+"""Floats of a descriptor; the server keeps one per client, so a client must not choose how much that is."""
 
 _MAGIC = b"FRMP"
 _FORMATS: tuple[ValueFormat, ...] = tuple(BYTES_PER_VALUE)
@@ -46,7 +48,7 @@ class _Kind:
 
 _SUBMODEL = _Kind(1, "submodel", ("values", "mask", "prototypes"))
 _UPDATE = _Kind(2, "update", ("values", "prototypes"))
-_DESCRIPTOR = _Kind(3, "descriptor", ("descriptor", "class_counts"))
+_DESCRIPTOR = _Kind(3, "descriptor", ("descriptor",))
 _KINDS = {kind.code: kind for kind in (_SUBMODEL, _UPDATE, _DESCRIPTOR)}
 
 
@@ -211,44 +213,40 @@ def decode_update(blob: bytes, layout: ParameterLayout, mask: np.ndarray, classe
     return Update(delta_kept, prototypes, message.parts)
 
 
-def encode_descriptor(vector: np.ndarray, class_counts: np.ndarray) -> Encoded:
-    """Client to server, once: its descriptor and how many training images it has of each class.
+def encode_descriptor(vector: np.ndarray) -> Encoded:
+    """Client to server, once: its descriptor.
 
     Args:
-        vector: descriptor, float32 ``(d,)``.
-        class_counts: int64 ``(C,)``, each in [0, 2**32).
+        vector: descriptor, float32 ``(d,)``, 1 <= d <= ``MAX_DESCRIPTOR_SIZE``.
 
     Raises:
-        ProtocolError: a count is out of range.
+        ProtocolError: d is out of range.
     """
-    values = encode_values(vector, "float32", [vector.size])
-    return _pack(_DESCRIPTOR, "float32", values, _uint32_bytes(class_counts, "class counts"))
+    _require_descriptor_size(vector.size)
+    return _pack(_DESCRIPTOR, "float32", encode_values(vector, "float32", [vector.size]))
 
 
-def decode_descriptor(blob: bytes, classes: int, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def decode_descriptor(blob: bytes) -> np.ndarray:
     """Inverse of :func:`encode_descriptor`.
 
-    Args:
-        blob: the message.
-        classes: C.
-        size: d; None accepts any length.
-
     Returns:
-        Descriptor, float32 ``(d,)``, finite; class counts, int64 ``(C,)``.
+        float32 ``(d,)``, finite, 1 <= d <= ``MAX_DESCRIPTOR_SIZE``.
 
     Raises:
         ProtocolError: a subclass per fault, see :mod:`framp_core.errors`.
     """
     message = _unpack(blob, _DESCRIPTOR)
-    given = message.parts["descriptor"] // BYTES_PER_VALUE[message.value_format]
-    if size not in (None, given):
-        raise ProtocolError(f"the descriptor has {given} floats, expected {size}; use one descriptor configuration")
-    counts = message.contents["class_counts"]
-    if len(counts) != _UINT32.size * classes:
+    size = message.parts["descriptor"] // BYTES_PER_VALUE[message.value_format]
+    _require_descriptor_size(size)
+    return _decode_finite(message, "descriptor", [size])
+
+
+def _require_descriptor_size(size: int) -> None:
+    if not 1 <= size <= MAX_DESCRIPTOR_SIZE:
         raise ProtocolError(
-            f"got class counts of {len(counts) // _UINT32.size} classes, expected {classes}; use one data set"
+            f"the descriptor has {size} floats, expected 1 to {MAX_DESCRIPTOR_SIZE}; "
+            f"choose another descriptor.name or a smaller network"
         )
-    return _decode_finite(message, "descriptor", [given]), np.frombuffer(counts, "<u4").astype(np.int64)
 
 
 def _kept_sizes(mask: np.ndarray, layout: ParameterLayout) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 from framp_core.config import FrampConfig
 from framp_core.report.figures import Drawn, draw_figures
 from framp_core.report.style import CSS
-from framp_core.report.summary import Record, summary_of
+from framp_core.report.summary import Record, Refused, summary_of
 from framp_core.report.tables import (
     MISSING,
     Cell,
@@ -56,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
 def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
     config = run.config
     finished = run.has(SUMMARY)
-    summary = run.json(SUMMARY) if finished else summary_of(record)
+    summary = summary_of(record)
     title = f"{config.method.upper()} on {config.data.name}, {config.rounds} rounds, seed {config.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -172,18 +172,32 @@ def _communication(record: Record) -> str:
 
 
 def _notable(record: Record) -> str:
-    notes = [*_absences(record), *_silent_rounds(record)]
+    notes = [*_arrivals(record), *_absences(record), *_silent_rounds(record)]
     refused = record.refused
     if refused:
-        kind, number, client, error = refused[0]
         notes.append(
             f"{_plural(len(refused), 'reply', 'replies')} refused from "
-            f"{_plural(len({entry[2] for entry in refused}), 'client')}. The first: {client}, {kind}, "
-            f"round {number}: {error}"
+            f"{_plural(len({entry.client for entry in refused}), 'client')}. The first: {_place(refused[0])}: "
+            f"{refused[0].error}"
         )
     if not notes:
         return "<p>None: every client answered, and no reply was refused.</p>"
-    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    listed = "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    traced = next((entry for entry in refused if entry.traceback), None)
+    if traced is None:
+        return listed
+    return listed + _folded(f"First traceback: {_place(traced)}", f"<pre>{escape(traced.traceback or '')}</pre>")
+
+
+def _place(refused: Refused) -> str:
+    return f"{refused.client}, {refused.kind}, round {refused.round}"
+
+
+def _arrivals(record: Record) -> list[str]:
+    by_round: dict[int, list[str]] = {}
+    for name, number in record.joined.items():
+        by_round.setdefault(number, []).append(name)
+    return [f"Joined in round {number}, after the start: {_some(names)}." for number, names in by_round.items()]
 
 
 def _absences(record: Record) -> list[str]:
@@ -193,20 +207,31 @@ def _absences(record: Record) -> list[str]:
         notes.append("No start of training was recorded: the clients were never all registered.")
     elif expected and expected > len(names):
         missing = _plural(expected - len(names), "client")
-        notes.append(f"{missing} of {expected} did not answer at the start and took no part.")
-    absent = sorted(names - {row.client for row in record.last("before")}) if record.evaluations else []
-    if absent:
-        shown = ", ".join(absent[:5]) + (" and others" if len(absent) > 5 else "")
-        notes.append(f"{_plural(len(absent), 'client')} missing from the last evaluation: {shown}.")
+        notes.append(f"{missing} of {expected} never joined and took no part.")
+    if record.evaluated_rounds:
+        later = {name for name, number in record.joined.items() if number > record.evaluated_rounds[-1]}
+        absent = sorted(names - later - {row.client for row in record.last("before")})
+        if absent:
+            notes.append(f"{_plural(len(absent), 'client')} missing from the last evaluation: {_some(absent)}.")
     return notes
 
 
 def _silent_rounds(record: Record) -> list[str]:
-    idle = [str(event["round"]) for event in record.train if not event.get("learnt", True)]
+    idle = [event["round"] for event in record.train if not event.get("learnt", True)]
     if not idle:
         return []
-    shown = ", ".join(idle[:10]) + (" and others" if len(idle) > 10 else "")
-    return [f"{_plural(len(idle), 'round')} changed nothing, for want of valid replies: {shown}."]
+    return [f"{_plural(len(idle), 'round')} changed nothing, for want of enough valid replies: {_spans(idle)}."]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, such as ``"3, 5 to 9"``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
 
 
 def _environment(run: RunFolder) -> str:
@@ -254,6 +279,10 @@ def _folded(summary: str, body: str) -> str:
 
 def _plural(count: int, noun: str, many: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _article(noun: str) -> str:

@@ -41,6 +41,7 @@ details > .scroll, details > pre { margin-top: 0.8rem; }
 pre { background: var(--wash); border-radius: 6px; padding: 0.9rem 1rem; overflow-x: auto; font-size: 0.84rem;
   line-height: 1.45; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 ul { padding-left: 1.2rem; margin: 0; }
+ul + details { margin-top: 0.9rem; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 1rem 3rem; }
   table { font-size: 0.85rem; }

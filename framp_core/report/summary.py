@@ -32,6 +32,25 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A reply that was refused or never came.
+
+    Attributes:
+        kind: what was asked for: ``start`` or ``join`` (a description), ``train``, ``evaluate``.
+        round: when.
+        client: of whom.
+        error: why.
+        traceback: where the client failed, if it said so and was the first of its round to.
+    """
+
+    kind: str
+    round: int
+    client: str
+    error: str
+    traceback: str | None
+
+
+@dataclass(frozen=True)
 class Record:
     """What the events of a run say; of a killed run, as far as it came.
 
@@ -39,13 +58,15 @@ class Record:
 
     Attributes:
         config: effective configuration.
-        start: the event that lists the clients, or None.
+        start: the event that lists the clients of the first round, or None.
+        joins: the events that list clients which came later, in the order they were written.
         train: one event per training round, ascending.
         evaluations: the evaluation events in the order they were written.
     """
 
     config: FrampConfig
     start: Event | None
+    joins: tuple[Event, ...]
     train: tuple[Event, ...]
     evaluations: tuple[Event, ...]
 
@@ -58,6 +79,7 @@ class Record:
         return cls(
             config=run.config,
             start=starts[-1] if starts else None,
+            joins=tuple(event for event in events if event["kind"] == "join"),
             train=tuple(train[number] for number in sorted(train)),
             evaluations=tuple(event for event in events if event["kind"] == "evaluate"),
         )
@@ -74,8 +96,20 @@ class Record:
 
     @property
     def clients(self) -> list[dict[str, Any]]:
-        """The clients that answered at the start."""
-        return list(self.start["clients"]) if self.start else []
+        """The clients that were ever admitted, by name; what was said last about a client holds."""
+        admissions = (*([self.start] if self.start else []), *self.joins)
+        known = {client["client"]: client for event in admissions for client in event["clients"]}
+        return [known[name] for name in sorted(known)]
+
+    @property
+    def joined(self) -> dict[str, int]:
+        """The clients that were not there at the start, in the order they came, and the round they came in."""
+        rounds: dict[str, int] = {}
+        for event in self.joins:
+            for client in event["clients"]:
+                rounds.setdefault(client["client"], event["round"])
+        at_start = {client["client"] for client in self.start["clients"]} if self.start else set()
+        return {name: number for name, number in rounds.items() if name not in at_start}
 
     @property
     def capacities(self) -> list[str]:
@@ -99,11 +133,12 @@ class Record:
         return sum(event.get("seconds") or 0.0 for event in (*self.train, *self.evaluations))
 
     @property
-    def refused(self) -> list[tuple[str, int, str, str]]:
-        """Refused replies: what was asked for, round, client, error."""
+    def refused(self) -> list[Refused]:
+        """Refused replies, by round."""
+        events = (*([self.start] if self.start else []), *self.joins, *self.train, *self.evaluations)
         return [
-            (event["kind"], event["round"], reply["client"], reply["error"])
-            for event in (*([self.start] if self.start else []), *self.train, *self.evaluations)
+            Refused(event["kind"], event["round"], reply["client"], reply["error"], reply.get("traceback"))
+            for event in sorted(events, key=lambda event: int(event["round"]))
             for reply in event.get("refused", [])
         ]
 
@@ -146,6 +181,15 @@ def finish(run: RunFolder) -> dict[str, Any]:
     summary = summary_of(record)
     run.write_json(SUMMARY, summary)
     return summary
+
+
+def summary_of_run(run: RunFolder) -> dict[str, Any]:
+    """The results of a run, finished or not, from its events; see :func:`summary_of`.
+
+    Raises:
+        RunFolderError: the events are damaged.
+    """
+    return summary_of(Record.of(run))
 
 
 def summary_of(record: Record) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from framp_core.codec import PROTOCOL_VERSION, decode_update, encode_submodel
+from framp_core.codec import decode_update, encode_submodel
 from framp_core.config import FrampConfig, Scalar
-from framp_core.errors import FrampError, ProtocolError
+from framp_core.errors import EngineError, FrampError, ProtocolError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
 from framp_core.mask_statistics import mask_statistics
@@ -117,6 +117,7 @@ class SubmodelStrategy(Strategy):
         self.registry = ClientRegistry(config, self._instruction(0))
         self.layout: ParameterLayout
         self._outbox: list[Outgoing] = []
+        self._empty_rounds = 0
         self._started = time.monotonic()
 
     # Hooks ------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class SubmodelStrategy(Strategy):
     ) -> list[Message]:
         """Messages for the sampled clients. A list: Flower's deployment grid walks over it twice."""
         self._started = time.monotonic()
-        self._discover(grid)
+        self._discover(server_round, grid)
         clients = self.sample(self.registry.online("train"), server_round)
         prototypes = self.prototypes()
         self._outbox = [
@@ -209,8 +210,12 @@ class SubmodelStrategy(Strategy):
                 rows.append(train_row(update, sent[reply.client].parts, parts))
         learnt, metrics = self._learn(updates, server_round)
         self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
-        arrays = ArrayRecord(self.state()) if server_round == self.config.rounds else None
-        return arrays, mean_record(rows)
+        self._outbox = []
+        self._stop_if_hopeless(server_round, learnt, refused)
+        final = server_round == self.config.rounds
+        if final or server_round % self.config.output.checkpoint_every == 0:
+            self.run.write_checkpoint(self.state(), {"round": server_round, "config_digest": self.config.digest()})
+        return ArrayRecord(self.state()) if final else None, mean_record(rows)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -243,25 +248,31 @@ class SubmodelStrategy(Strategy):
             except FrampError as error:
                 refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
         self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], down_bytes=down_bytes)
+        self._outbox = []
+        if not rows:
+            raise EngineError(f"no client could be evaluated in round {server_round}; {_first_reason(refused)}")
         return accuracy_record(rows)
 
     # Shared steps -----------------------------------------------------------------------------------------------
 
-    def _discover(self, grid: Grid) -> None:
-        if self.registry.clients:
-            self.registry.refresh(grid, self.config.server.round_deadline)
-            return
-        self.registry.wait(grid)
-        first = self.registry.online()[0]
+    def _discover(self, server_round: int, grid: Grid) -> None:
+        """Meet the clients before the first round; later, meet those that came since."""
+        if not self.registry.clients:
+            self.registry.wait(grid)
+            self._start(sorted(self.registry.clients.values(), key=lambda client: client.name))
+        known = dict(self.registry.clients)
+        self.registry.require(grid, self.config.server.minimum_replies)
+        joined = [client for name, client in self.registry.clients.items() if name not in known]
+        refused = self.registry.take_refusals()
+        if joined or refused:
+            self._record("join", server_round, refused, clients=client_rows(joined))
+
+    def _start(self, clients: Sequence[ClientRecord]) -> None:
+        first, nodes, wanted = clients[0], self.registry.expected, self.config.partition.nodes
         model = build_model(self.config.model, first.shape, first.classes)
         self.layout = ParameterLayout.of(model)
         self._classes, self._feature_size = first.classes, model.feature_size
         facts = self.build(initial_parameters(model, self.config.seed), model.feature_size, first)
-        self._record_start(first, facts)
-
-    def _record_start(self, first: ClientRecord, facts: dict[str, int]) -> None:
-        clients = list(self.registry.clients.values())
-        nodes, wanted = self.registry.expected, self.config.partition.nodes
         if nodes != wanted:
             logger.warning(
                 "the data are partitioned over %d nodes, the configuration asks for %d; to get them: "
@@ -274,7 +285,7 @@ class SubmodelStrategy(Strategy):
         self._record(
             "start",
             0,
-            self.registry.refused,
+            self.registry.take_refusals(),
             clients=client_rows(clients),
             expected_clients=nodes,
             parameters=self.layout.size,
@@ -286,12 +297,7 @@ class SubmodelStrategy(Strategy):
         )
 
     def _instruction(self, server_round: int, **values: ConfigRecordValues) -> ConfigRecord:
-        fixed: dict[str, ConfigRecordValues] = {
-            "fingerprint": code_fingerprint(),
-            "protocol-version": PROTOCOL_VERSION,
-            "round": server_round,
-        }
-        return ConfigRecord({**fixed, **values})
+        return ConfigRecord({"fingerprint": code_fingerprint(), "round": server_round, **values})
 
     def _outgoing(
         self,
@@ -344,9 +350,23 @@ class SubmodelStrategy(Strategy):
             logger.warning("round %d: nothing is learnt: %s", server_round, error)
             return False, {}
 
+    def _stop_if_hopeless(self, server_round: int, learnt: bool, refused: Sequence[Refusal]) -> None:
+        self._empty_rounds = 0 if learnt else self._empty_rounds + 1
+        if self._empty_rounds >= min(self.config.server.empty_rounds, self.config.rounds):
+            raise EngineError(
+                f"nothing was learnt in the last {self._empty_rounds} rounds, up to round {server_round} "
+                f"(server.empty-rounds={self.config.server.empty_rounds}); {_first_reason(refused)}"
+            )
+
     def _record(self, kind: str, server_round: int, refused: Sequence[Refusal], **fields: object) -> None:
         rows = refusal_rows(refused)
         for row in rows:
             trace = f"\n{row['traceback']}" if "traceback" in row else ""
             logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace)
         self.run.event(kind, server_round, refused=rows, seconds=time.monotonic() - self._started, **fields)
+
+
+def _first_reason(refused: Sequence[Refusal]) -> str:
+    if not refused:
+        return "no message was sent"
+    return f"the first reason: {refused[0].client}: {refused[0].error}"

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ def ask(
     kind: str,
     payload: bytes = b"",
     node: dict[str, Scalar] | None = None,
+    state: RecordDict | None = None,
     **instruction: Scalar,
 ) -> RecordDict:
     """The content of the ClientApp's reply."""
@@ -32,7 +34,8 @@ def ask(
     message = Message(content, 5, kind)
     message.metadata.__dict__["_message_id"] = "id"
     node = {"partition-id": 0, "num-partitions": config.partition.nodes} if node is None else node
-    context = Context(run_id=1, node_id=5, node_config=node, state=RecordDict(), run_config=config.to_flat())
+    state = RecordDict() if state is None else state
+    context = Context(run_id=1, node_id=5, node_config=node, state=state, run_config=config.to_flat())
     return app(message, context).content
 
 
@@ -128,12 +131,29 @@ def test_unknown_override_is_refused(tiny: Build) -> None:
     assert "did you mean" in ask(tiny(), "train", blob, **{"local.step": 3})["error"]["reason"]
 
 
+def test_a_server_may_not_redirect_a_client(tiny: Build) -> None:
+    blob, *_ = submodel(tiny())
+    error = ask(tiny(), "train", blob, **{"data.root": "/etc"})["error"]
+    assert error["type"] == "ProtocolError"
+    assert "data.root" in error["reason"]
+
+
+def test_the_nodes_own_data_folder_wins(tiny: Build, tmp_path: Path) -> None:
+    node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 5, "data-dir": str(tmp_path / "own")}
+    config = tiny({"data.name": "image-folder", "data.root": str(tmp_path / "shared")})
+    reason = ask(config, "query.describe", node=node)["error"]["reason"]
+    assert "own" in reason
+    assert "shared" not in reason
+
+
 def test_state_of_the_node_is_never_touched(tiny: Build) -> None:
     """A handler that changed ``Context.state`` and then failed would behave differently on each engine."""
-    context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config=tiny().to_flat())
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-    app(Message(RecordDict(), 5, "train"), context)
-    assert list(context.state) == []
+    config = tiny({"capacity.sizes": "1/4"})
+    blob, *_ = submodel(config)
+    for kind, payload in (("query.describe", b""), ("train", blob), ("evaluate", blob), ("train", b"garbage")):
+        state = RecordDict()
+        ask(config, kind, payload, state=state)
+        assert list(state) == []
 
 
 def test_a_submodel_of_another_size_is_refused(tiny: Build) -> None:

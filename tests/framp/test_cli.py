@@ -54,6 +54,12 @@ def test_relative_paths_on_the_command_line_are_taken_from_here(
     assert cli.load_config(None, ["data.root=images"]).data.root == str(tmp_path / "images")
 
 
+def test_the_run_folder_may_come_from_the_configuration(tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["run", "-o", f"output.folder={tmp_path / 'mine'}", *options(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "mine" / "report.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,6 +91,7 @@ def test_an_existing_run_folder_is_refused(
     arguments = ["run", "--out", str(tmp_path / "run"), *options(tmp_path)]
     assert runner.invoke(cli.app, arguments).exit_code == 0
     summary = (tmp_path / "run" / "summary.json").read_text()
-    assert "exists" in fails(monkeypatch, capfd, *arguments)
+    for engine in ("local", "flower"):
+        assert "exists" in fails(monkeypatch, capfd, *arguments, "--engine", engine)
     assert (tmp_path / "run" / "summary.json").read_text() == summary
     assert json.loads(summary)["rounds"] == 2

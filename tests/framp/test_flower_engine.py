@@ -1,7 +1,10 @@
 """The Ray engine: the same numbers, failures that show, and nothing left behind."""
 
-import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +21,7 @@ pytestmark = pytest.mark.slow
 
 def measured(run: RunFolder) -> list[dict[str, object]]:
     """All events without their times."""
-    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in {"seconds", "time"}} for row in rows]
+    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 @pytest.fixture
@@ -52,3 +54,16 @@ def test_a_run_that_fails_in_flower_raises_and_says_why(tiny: Callable[..., Fram
     config = tiny({"generator.name": "dense", "generator.max-parameters": 10})
     with pytest.raises(EngineError, match="modulated"):
         run_flower(config)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_termination_stops_everything_that_was_started(tmp_path: Path) -> None:
+    code = "import sys, tempfile; tempfile.tempdir = sys.argv.pop(1); from framp.cli import main; main()"
+    command = [sys.executable, "-c", code, str(tmp_path), "run", "--engine", "flower", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("run/events.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert [home for home in map(_home_of, psutil.process_iter()) if home.startswith(str(tmp_path))]
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM

@@ -173,26 +173,34 @@ def test_what_a_code_claims_allocates_nothing(code):
     assert peak < 1_000_000
 
 
-def decode_or_refuse(code: bytes, size: int) -> None:
+def mask_or_refusal(code: bytes, size: int) -> np.ndarray | ProtocolError:
     try:
-        decoded = decode_mask(code, size)
-    except ProtocolError:
-        return
-    assert decoded.shape == (size,)
-    assert decoded.dtype == bool
+        return decode_mask(code, size)
+    except ProtocolError as refusal:
+        return refusal
+
+
+def is_mask(result: object, size: int) -> bool:
+    """Bool ``(size,)`` that survives another round trip."""
+    fits = isinstance(result, np.ndarray) and result.dtype == bool and result.shape == (size,)
+    return fits and np.array_equal(decode_mask(encode_mask(result), size), result)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(coding=st.sampled_from([NONE, ALL, PACKED, ZSTD, RICE]), rest=st.binary(max_size=20), size=st.integers(0, 150))
 def test_any_bytes_are_refused_or_make_a_mask(coding, rest, size):
-    decode_or_refuse(coding + rest, size)
+    result = mask_or_refusal(coding + rest, size)
+    assert isinstance(result, ProtocolError) or is_mask(result, size)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(mask=masks, place=st.integers(0, 10**6), change=st.integers(1, 255), other_size=st.integers(0, 2000))
 def test_a_changed_code_is_refused_or_makes_a_mask(mask, place, change, other_size):
     code = bytearray(encode_mask(mask))
-    decode_or_refuse(bytes(code), other_size)
+    assert is_mask(decode_mask(bytes(code), mask.size), mask.size)
+    result = mask_or_refusal(bytes(code), other_size)
+    assert isinstance(result, ProtocolError) or is_mask(result, other_size)
     code[place % len(code)] ^= change
-    decode_or_refuse(bytes(code), mask.size)
-    decode_or_refuse(bytes(code[: place % len(code)]), mask.size)
+    for changed in (bytes(code), bytes(code[: place % len(code)])):
+        result = mask_or_refusal(changed, mask.size)
+        assert isinstance(result, ProtocolError) or is_mask(result, mask.size)

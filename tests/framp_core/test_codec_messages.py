@@ -23,6 +23,7 @@ from framp_core.codec import (
     encode_submodel,
     encode_update,
 )
+from framp_core.codec.messages import MAX_DESCRIPTOR_SIZE
 from framp_core.config import ModelConfig
 from framp_core.errors import (
     ChecksumError,
@@ -62,7 +63,7 @@ MASK = make_mask()
 VALUES = make_values(MASK)
 SUBMODEL = encode_submodel(VALUES, MASK, make_prototypes(), LAYOUT, "float32")
 UPDATE = encode_update(VALUES, make_prototypes(), LAYOUT, MASK, "int8")
-DESCRIPTOR = encode_descriptor(np.array([0.6, -0.8], np.float32), np.array([3, 0, 1, 0, 2]))
+DESCRIPTOR = encode_descriptor(np.array([0.6, -0.8], np.float32))
 
 
 def read_submodel(blob: bytes) -> Submodel:
@@ -73,14 +74,10 @@ def read_update(blob: bytes) -> Update:
     return decode_update(blob, LAYOUT, MASK, CLASSES, FEATURES)
 
 
-def read_descriptor(blob: bytes) -> tuple[np.ndarray, np.ndarray]:
-    return decode_descriptor(blob, CLASSES, 2)
-
-
 MESSAGES: dict[str, tuple[Encoded, Callable[[bytes], object]]] = {
     "submodel": (SUBMODEL, read_submodel),
     "update": (UPDATE, read_update),
-    "descriptor": (DESCRIPTOR, read_descriptor),
+    "descriptor": (DESCRIPTOR, decode_descriptor),
 }
 every_message = pytest.mark.parametrize(("encoded", "read"), MESSAGES.values(), ids=MESSAGES)
 
@@ -115,12 +112,11 @@ def assert_same_prototypes(given: Prototypes | None, expected: Prototypes | None
 
 def assert_valid(result: object) -> None:
     """What a decoder lets through can be used without further checks."""
-    if isinstance(result, tuple):
-        vector, counts = result
-        assert vector.shape == (2,)
-        assert np.isfinite(vector).all()
-        assert counts.shape == (CLASSES,)
-        assert counts.min() >= 0
+    if isinstance(result, np.ndarray):
+        assert result.dtype == np.float32
+        assert result.ndim == 1
+        assert 1 <= result.size <= MAX_DESCRIPTOR_SIZE
+        assert np.isfinite(result).all()
         return
     values, mask = (result.values, result.mask) if isinstance(result, Submodel) else (result.delta_kept, MASK)
     assert mask.shape == (LAYOUT.size,)
@@ -176,11 +172,9 @@ def test_value_format_travels_with_the_message(value_format):
 
 
 def test_descriptor_round_trip():
-    vector, counts = decode_descriptor(DESCRIPTOR.blob, CLASSES)
+    vector = decode_descriptor(DESCRIPTOR.blob)
     assert vector.dtype == np.float32
     assert vector.tolist() == np.array([0.6, -0.8], np.float32).tolist()
-    assert counts.dtype == np.int64
-    assert counts.tolist() == [3, 0, 1, 0, 2]
 
 
 @every_message
@@ -200,7 +194,7 @@ def test_part_sizes_are_those_of_the_contents():
         "prototypes": prototypes,
         "framing": 19,
     }
-    assert DESCRIPTOR.parts == {"descriptor": 8, "class_counts": 20, "framing": 19}
+    assert DESCRIPTOR.parts == {"descriptor": 8, "framing": 15}
 
 
 def test_framing_is_below_one_percent_of_the_smallest_real_submodel():
@@ -305,8 +299,9 @@ def test_encoders_refuse_what_does_not_fit():
     with pytest.raises(MaskMismatchError, match="always kept"):
         encode_submodel(VALUES[1:], dropped, None, LAYOUT, "float32")
     for count in (-1, 2**32):
-        with pytest.raises(ProtocolError, match="class counts"):
-            encode_descriptor(np.ones(1, np.float32), np.array([0, count]))
+        prototypes = replace(make_prototypes(), counts=np.array([1, count, 1]))
+        with pytest.raises(ProtocolError, match="image counts of prototypes"):
+            encode_update(VALUES, prototypes, LAYOUT, MASK, "float32")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -319,7 +314,7 @@ def test_non_finite_numbers_are_refused_by_the_receiver(bad, value_format):
     with pytest.raises(NonFiniteError, match="values"):
         read_update(encode_update(poisoned, None, LAYOUT, MASK, value_format).blob)
     with pytest.raises(NonFiniteError, match="descriptor"):
-        read_descriptor(encode_descriptor(np.array([1, bad], np.float32), np.zeros(CLASSES, np.int64)).blob)
+        decode_descriptor(encode_descriptor(np.array([1, bad], np.float32)).blob)
     prototypes = make_prototypes()
     prototypes.means[1, 1] = bad
     with pytest.raises(NonFiniteError, match="prototypes"):
@@ -344,8 +339,16 @@ def test_bad_prototypes_are_refused(name):
         read_update(encode_update(VALUES, prototypes, LAYOUT, MASK, "float32").blob)
 
 
-def test_descriptor_of_another_shape_is_refused():
-    with pytest.raises(ProtocolError, match="2 floats, expected 3"):
-        decode_descriptor(DESCRIPTOR.blob, CLASSES, 3)
-    with pytest.raises(ProtocolError, match="5 classes, expected 4"):
-        decode_descriptor(DESCRIPTOR.blob, CLASSES - 1, 2)
+@pytest.mark.parametrize("size", [0, MAX_DESCRIPTOR_SIZE + 1])
+def test_descriptor_of_no_or_too_many_floats_is_refused(size):
+    words = f"{size} floats, expected 1 to 65536"
+    with pytest.raises(ProtocolError, match=words):
+        encode_descriptor(np.zeros(size, np.float32))
+    with pytest.raises(ProtocolError, match=words):
+        decode_descriptor(rebuilt(DESCRIPTOR, "descriptor", bytes(4 * size)))
+
+
+@pytest.mark.parametrize("size", [1, MAX_DESCRIPTOR_SIZE])
+def test_descriptor_of_an_extreme_size_is_read(size):
+    vector = np.arange(size, dtype=np.float32)
+    np.testing.assert_array_equal(decode_descriptor(encode_descriptor(vector).blob), vector)

@@ -1,12 +1,15 @@
 import tomllib
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from framp_core.config import FrampConfig, parse_capacity, parse_override
+from framp_core.data.partition import make_partition
 from framp_core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +44,23 @@ def test_digits_preset_is_the_default() -> None:
     assert FrampConfig.load(ROOT / "presets" / "digits.toml") == FrampConfig()
 
 
-def test_paper_preset_follows_fiarse() -> None:
-    config = FrampConfig.load(ROOT / "presets" / "paper-cifar10.toml")
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
+    config = FrampConfig.load(ROOT / "presets" / f"paper-{name}.toml")
+    assert config.data.name == name
     protocol = (config.partition.clients, config.server.clients_per_round, config.rounds, config.local.steps)
     assert protocol == (100, 10, 800, 100)
     assert (config.local.batch_size, config.local.learning_rate, config.partition.alpha) == (20, 0.1, 0.3)
+    assert (config.local.momentum, config.local.weight_decay, config.data.augment) == (0, 0, True)
+    assert (config.model.name, config.model.widths) == ("resnet18", (64, 128, 256, 512))
+    assert (config.partition.scheme, config.partition.test_split) == ("balanced-dirichlet", "independent")
+    assert (config.partition.unseen_clients, config.partition.validation_fraction) == (0, 0)
+
+    train, test = (np.repeat(np.arange(classes), images // classes) for images in (50_000, 10_000))
+    clients = make_partition(config, train, test, classes).clients
+    assert {(len(own.train), len(own.validation), len(own.test)) for own in clients} == {(500, 0, 100)}
+    sizes = (Fraction(1, 64), Fraction(1, 16), Fraction(1, 4), Fraction(1))
+    assert Counter(own.capacity for own in clients) == dict.fromkeys(sizes, 25)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 from framp_core.config import FrampConfig
 from framp_core.data import LabelledImages, load_client, load_images, load_partition, summarise_data
+from framp_core.data.inspect import shares_text
 from framp_core.errors import DataError
 
 
@@ -93,9 +94,38 @@ def test_the_summary_states_what_the_clients_hold(config):
         assert (row.client, row.role, Fraction(row.capacity)) == (client.name, client.role, client.capacity)
         assert (row.train, row.validation, row.test) == (len(client.train), len(client.validation), len(client.test))
         assert row.class_counts == tuple(client.class_counts())
+        held = {name: count for name, count in zip(summary.class_names, row.class_counts, strict=True) if count}
+        largest = sorted(held.items(), key=lambda entry: -entry[1])[:3]
+        assert row.classes == len(held)
+        assert [name for name, _ in row.most_frequent] == [name for name, _ in largest]
+        assert [share * row.train for _, share in row.most_frequent] == pytest.approx([count for _, count in largest])
     facts = {row["fact"]: row["value"] for row in summary.facts}
     counts = np.bincount(images.train_labels)
     assert facts["data set"] == "digits"
     assert facts["image"] == "8x8, grey"
     assert facts["train images"] == f"{len(images.train_labels)} ({counts.min()} to {counts.max()} per class)"
     assert facts["channel mean"] == f"{(images.train_images / 255).mean():.4f}"
+
+
+@pytest.mark.parametrize(
+    ("shares", "width", "text"),
+    [
+        ([("7", 0.45), ("1", 0.3), ("3", 0.12)], 22, "7 45 %, 1 30 %, 3 12 %"),
+        ([("automobile", 1.0)], 80, "automobile 100 %"),
+        ([("automobile", 0.5), ("truck", 0.004), ("cat", 0.2)], 30, "automobile 50 %, truck <1 %, cat 20 %"),
+        ([], 22, ""),
+    ],
+)  # fmt: skip
+def test_shares_fit_on_a_line(shares, width, text):
+    assert shares_text(shares, max(width, len(text))) == text
+    cut = shares_text(shares, width)
+    assert len(cut) <= width
+    assert [part.split()[1:] for part in cut.split(", ")] == [part.split()[1:] for part in text.split(", ")]
+
+
+def test_names_are_cut_from_the_longest_and_not_below_four_characters():
+    shares = [("automobile", 0.5), ("truck", 0.3), ("cat", 0.2)]
+    assert shares_text(shares, 34) == "automobile 50 %, truck 30 %, cat 20 %".replace("automobile", "automo…")
+    assert shares_text(shares, 30) == "aut… 50 %, tru… 30 %, cat 20 %"
+    assert shares_text(shares, 29) == "automobile 50 %, truck 30 %"
+    assert shares_text(shares, 1) == "aut… 50 %"

@@ -17,7 +17,7 @@ from rich.console import Console
 from framp_core.config import FrampConfig
 from framp_core.errors import RunFolderError
 from framp_core.metrics import ClientAccuracy
-from framp_core.report import finish, results_table, write_report
+from framp_core.report import finish, results_table, summary_of_run, write_report
 from framp_core.report.figures import _accuracy_by_size, size_colours
 from framp_core.report.summary import Record, summary_of
 from framp_core.report.tables import human_bytes, human_seconds, results
@@ -249,9 +249,11 @@ def test_the_report_says_what_the_numbers_mean(finished: RunFolder) -> None:
     assert "No class prior" not in text
     assert "test images; no class prior added; 8 clients covered" in text
     assert f"averaged over rounds (decay {config.server.averaging_decay:g}), round 6" in text
-    assert "1 client of 13 did not answer" in text
+    assert "1 client of 13 never joined and took no part." in text
+    assert "Joined in round" not in text
+    assert "traceback" not in text.lower()
     assert "1 reply refused from 1 client. The first: client-0002, train, round 2: delta holds <NaN>" in text
-    assert "1 round changed nothing, for want of valid replies: 3." in text
+    assert "1 round changed nothing, for want of enough valid replies: 3." in text
     assert "5f2c" * 16 in text
     assert "not finished" not in text
 
@@ -287,6 +289,71 @@ def test_a_killed_run_still_gives_a_report_that_says_so(tmp_path: Path, events: 
     evaluated = any(json.loads(line)["kind"] == "evaluate" for line in lines[:events])
     assert ("Nothing was evaluated yet" in text) is not evaluated
     assert (run.path / "figures/accuracy_by_size.png").exists() is evaluated
+
+
+def join(run: RunFolder, round: int, joined: list[dict[str, Any]], **fields: Any) -> None:
+    run.event("join", round, **{"clients": joined, "refused": [], "seconds": 0.1, **fields})
+
+
+def test_clients_that_came_later_count_and_are_named(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=3, train=4, unseen=1)
+    late = {**clients(1, 0)[0], "client": "client-0009", "capacity": "1", "descriptor_bytes": 1000}
+    join(run, 2, [late])
+    text = Page(write_report(run.path)).text
+    assert "Joined in round 2, after the start: client-0009." in text
+    assert "took no part" not in text
+    assert "5 clients of 4 sizes" in text
+    assert "1 client missing from the last evaluation: client-0009." in text
+    assert f"{(5 * 168 + 1000) / 1000:.1f} kB of descriptors" in text
+    # Sizes at the start are 1/64, 1/16, 1/4 and 1; the newcomer is another of size 1.
+    assert summary_of_run(run)["rows"][-1]["parameters_held"] == pytest.approx((sum(map(held, SIZES)) + held("1")) / 5)
+
+
+def test_a_client_that_came_after_the_last_evaluation_is_not_missing_from_it(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=4, train=4, unseen=1)
+    join(run, 4, [{**clients(1, 0)[0], "client": "client-0009"}])
+    assert "missing from the last evaluation" not in Page(write_report(run.path)).text
+
+
+def test_what_was_said_last_about_a_client_holds(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=1, train=4, unseen=1)
+    known = Record.of(run).clients
+    changed = {**known[1], "train_examples": 7}
+    join(run, 1, [changed])
+    record = Record.of(run)
+    assert record.clients == [known[0], changed, *known[2:]]
+    assert record.joined == {}
+
+
+def test_the_first_traceback_of_the_run_is_folded_into_the_page(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=3, train=4, unseen=1)
+    first = {"client": "client-0003", "error": "DataError: early", "traceback": "Traceback <first>\nValueError: x"}
+    run.event("train", 3, clients=[], refused=[{**first, "traceback": "the second"}], seconds=1.0)
+    join(run, 1, [], refused=[{"client": "client-0004", "error": "late reply"}, first])
+    html = write_report(run.path).read_text("utf-8")
+    assert "First traceback: client-0003, join, round 1</summary><pre>Traceback &lt;first&gt;\nValueError" in html
+    assert "the second" not in html
+    # One refusal of the synthetic run, in round 2; the first of all is that of the join event.
+    assert "4 replies refused from 3 clients. The first: client-0004, join, round 1: late reply" in html
+
+
+def test_rounds_that_changed_nothing_are_listed_as_spans(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=2)
+    for round in (3, 5, 6, 7):
+        run.event("train", round, clients=[], refused=[], seconds=1.0, learnt=False)
+    run.event("train", 4, clients=[], refused=[], seconds=1.0, learnt=True)
+    assert "4 rounds changed nothing, for want of enough valid replies: 3, 5 to 7." in Page(write_report(run.path)).text
+
+
+def test_an_unfinished_run_has_the_results_of_its_events(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", rounds=6)
+    lines = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    # The start, three rounds, one evaluation, and a fourth round; then the run was killed.
+    (run.path / "events.jsonl").write_text("".join(lines[:6]))
+    summary = summary_of_run(run)
+    assert not run.has("summary.json")
+    assert (summary["rounds"], summary["evaluated_round"]) == (4, 3)
+    assert finish(run) == summary == summary_of_run(run) == run.json("summary.json")
 
 
 def test_a_report_needs_a_run_folder(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs through Flower's own ``Strategy.start``, on the in-process grid."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,12 +40,7 @@ FEDAVG: dict[str, Scalar] = {
 
 def events(run: RunFolder, kind: str) -> list[dict[str, object]]:
     """Events of one kind without their times."""
-    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if key not in {"seconds", "time"}}
-        for row in rows
-        if row["kind"] == kind
-    ]
+    return [{key: row[key] for key in row if key != "seconds"} for row in run.events() if row["kind"] == kind]
 
 
 def run_with(config: FrampConfig, app: ClientApp = client_app, **grid: object) -> RunFolder:
@@ -200,6 +196,27 @@ def spoiling(spoil: Callable[[Message, Message, Mapping[str, Scalar]], Message |
     return broken
 
 
+mortal = ClientApp()
+"""Partition 2's process dies in round 1. At module level, so that worker processes can import it."""
+
+
+@mortal.query("describe")
+def _describe(message: Message, context: Context) -> Message:
+    return client_app(message, context)
+
+
+@mortal.train()
+def _train_or_die(message: Message, context: Context) -> Message:
+    if message.content["config"]["round"] == 1 and context.node_config["partition-id"] == 2:
+        os._exit(1)
+    return train(message, context)
+
+
+@mortal.evaluate()
+def _evaluate(message: Message, context: Context) -> Message:
+    return evaluate(message, context)
+
+
 def with_payload(message: Message, payload: bytes, metrics: dict[str, float | int] | None = None) -> Message:
     content = {
         "framp": ConfigRecord({"payload": payload}),
@@ -257,19 +274,60 @@ def test_bad_replies_are_refused_and_the_round_goes_on(tiny: Build, name: str) -
 
 
 def test_too_few_valid_replies_change_nothing(tiny: Build) -> None:
-    config = tiny({"server.clients-per-round": 4, "server.minimum-replies": 4, "server.averaging-decay": 0.0})
+    """Client 1 always fails, so rounds that sample it have two valid replies of the three that are needed."""
+    config = tiny({"rounds": 6, "server.minimum-replies": 3})
     run = run_with(config, spoiling(crash))
-    assert [event["learnt"] for event in events(run, "train")] == [False, False]
+    for event in events(run, "train"):
+        assert event["learnt"] == (not event["refused"])
+    assert {event["learnt"] for event in events(run, "train")} == {True, False}
 
 
-def test_first_client_traceback_is_shown(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
-    config = tiny({"local.learning-rate": 1e38, "local.steps": 5})
-    with caplog.at_level("WARNING", logger="flwr"):
-        run = run_local(config)
+def test_a_run_that_learns_nothing_fails_with_the_reason(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny({"rounds": 9, "server.empty-rounds": 3, "local.learning-rate": 1e38, "local.steps": 5})
+    with caplog.at_level("WARNING", logger="flwr"), pytest.raises(EngineError, match="learning-rate"):
+        run_local(config)
     assert "train_locally" in caplog.text
-    errors = [row["error"] for event in events(run, "train") for row in event["refused"]]  # type: ignore[union-attr, index]
-    assert errors
+    trained = events(RunFolder.open(Path(config.output.folder)), "train")
+    assert [event["learnt"] for event in trained] == [False] * 3
+    errors = [row["error"] for event in trained for row in event["refused"]]  # type: ignore[attr-defined]
+    assert len(errors) == 9
     assert all("learning" in error for error in errors)
+
+
+def test_a_worker_that_dies_costs_its_batch_and_no_more(tiny: Build) -> None:
+    config = tiny({"rounds": 3, "server.clients-per-round": 4})
+    run = run_with(config, mortal, workers=2)
+    first, *others = events(run, "train")
+    assert any("error 8" in row["error"] for row in first["refused"])  # type: ignore[attr-defined]
+    assert [event["refused"] for event in others] == [[], []]
+
+
+def test_clients_that_leave_for_good_end_the_run(tiny: Build) -> None:
+    config = tiny({"rounds": 5, "server.discovery-deadline": 0.3})
+
+    class Deserted(InProcessGrid):
+        def get_node_ids(self) -> list[int]:
+            rounds = events(RunFolder.open(Path(config.output.folder)), "train")
+            return [] if len(rounds) == 2 else super().get_node_ids()
+
+    grid = Deserted(client_app, config.partition.nodes, config.to_flat())
+    with grid, pytest.raises(EngineError, match="0 clients that train are connected"):
+        serve(grid, config)
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    original = RunFolder.write_checkpoint
+    monkeypatch.setattr(
+        RunFolder,
+        "write_checkpoint",
+        lambda self, tensors, meta: (written.append(meta["round"]), original(self, tensors, meta)),
+    )
+    run = run_local(tiny({"rounds": 5, "output.checkpoint-every": 2}))
+    assert written == [2, 4, 5]
+    tensors, meta = run.read_checkpoint()
+    assert meta["round"] == 5
+    assert {"generator.theta_0", "prototypes.means"} <= set(tensors)
 
 
 def test_other_code_is_refused(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
