@@ -5,17 +5,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Self
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
-from framp_core.codec import Submodel, decode_submodel, encode_descriptor, encode_update
+from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
 from framp_core.config import FrampConfig, ModelConfig, Scalar, parse_capacity
 from framp_core.data import ClientData, LabelledImages, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError
-from framp_core.local_training import client_prototypes, evaluate, log_prior, resolve_device, train_locally
+from framp_core.layout import ParameterLayout
+from framp_core.local_training import (
+    client_prototypes,
+    evaluate,
+    log_prior,
+    no_prototypes,
+    resolve_device,
+    train_locally,
+)
 from framp_core.models import FlatModel, build_model
+from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
+from framp_core.structured import held_classes, kept_channels
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,23 @@ class Instruction:
             raise ProtocolError(f"the message's config lacks {error}; it holds {sorted(config)}") from error
 
 
+@lru_cache(maxsize=4)
+def _flat_model(
+    config: ModelConfig,
+    shape: tuple[int, int, int],
+    classes: int,
+    device: torch.device,
+    kept: tuple[int, ...] | None = None,
+) -> FlatModel:
+    """One network per process and width: every message overwrites all of its parameters."""
+    return FlatModel(build_model(config, shape, classes, kept), device)
+
+
 @lru_cache(maxsize=2)
-def _flat_model(config: ModelConfig, shape: tuple[int, int, int], classes: int, device: torch.device) -> FlatModel:
-    """One network per process: every message overwrites all of its parameters."""
-    return FlatModel(build_model(config, shape, classes), device)
+def _full_layout(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> ParameterLayout:
+    """Layout of the full model, of which a client with a slim network allocates nothing."""
+    with torch.device("meta"):
+        return ParameterLayout.of(build_model(config, shape, classes))
 
 
 @dataclass(frozen=True)
@@ -135,15 +159,13 @@ class Client:
 
     def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, MetricRecordValues]]:
         """Train the submodel in ``payload``; return the encoded update and the metrics."""
-        layout, submodel = self.model.layout, self._read(payload)
+        model, submodel = self._read(payload)
         rng = stream(self.config.seed, "local-training", self.data.name, server_round)
-        result = train_locally(
-            self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes
-        )
+        result = train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
         update = encode_update(
             result.delta[submodel.mask],
-            client_prototypes(self.model, self.data),
-            layout,
+            held_classes(self.data.class_counts()) if is_slim(payload) else self._prototypes(model),
+            model.layout,
             submodel.mask,
             self.config.wire.values,
             stream(self.config.seed, "update-rounding", self.data.name, server_round),
@@ -158,23 +180,40 @@ class Client:
         of all clients that train, ``evaluation.union-prior-strength``). With ``evaluation.fine-tune-steps`` the
         last evaluation measures again after that many local steps (keys ending in ``-tuned``).
         """
-        submodel = self._read(payload)
-        self.model.load(torch.from_numpy(submodel.theta()))
-        counts = self._measure(suffix="")
+        model, submodel = self._read(payload)
+        model.load(torch.from_numpy(submodel.theta()))
+        counts = self._measure(model, suffix="")
         steps = self.config.evaluation.fine_tune_steps
         if final and steps:
             rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
-            train_locally(self.model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
-            counts |= self._measure(suffix="-tuned")
+            train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
+            counts |= self._measure(model, suffix="-tuned")
         return counts
 
-    def _read(self, payload: bytes) -> Submodel:
-        """Decode a submodel; one that is larger or smaller than this client's capacity is refused."""
+    def _prototypes(self, model: FlatModel) -> Prototypes:
+        aligned = self.config.local.alignment_weight > 0
+        return client_prototypes(model, self.data) if aligned else no_prototypes(model)
+
+    def _read(self, payload: bytes) -> tuple[FlatModel, Submodel]:
+        """Decode a submodel, and find the network it is for, the full one or a slim one.
+
+        One that is larger or smaller than this client's capacity is refused.
+        """
+        if is_slim(payload):
+            return self._read_slim(payload)
         layout = self.model.layout
         expected = None if self.config.extraction.name == "full" else layout.kept(self.data.capacity)
-        return decode_submodel(payload, layout, self.data.classes, self.model.model.feature_size, expected)
+        feature_size = self.model.model.feature_size
+        return self.model, decode_submodel(payload, layout, self.data.classes, feature_size, expected)
 
-    def _measure(self, suffix: str) -> dict[str, MetricRecordValues]:
+    def _read_slim(self, payload: bytes) -> tuple[FlatModel, Submodel]:
+        config, shape, classes, capacity = self.config.model, self.data.shape, self.data.classes, self.data.capacity
+        slim = decode_slim(payload, _full_layout(config, shape, classes), capacity)
+        kept = tuple(kept_channels(channels, capacity) for channels in config.widths)
+        model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
+        return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
+
+    def _measure(self, model: FlatModel, suffix: str) -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
         populations = {
@@ -186,7 +225,7 @@ class Client:
             populations["union"] = (union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
         for name, (images, strength) in populations.items():
-            result = evaluate(self.model, images, self.data.normaliser, strength * prior if strength else None)
+            result = evaluate(model, images, self.data.normaliser, strength * prior if strength else None)
             counts[f"{name}-correct{suffix}"] = result.correct
             counts[f"{name}-total{suffix}"] = result.total
         return counts

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig, Scalar, parse_override
-from framp_core.errors import FrampError
+from framp_core.errors import ConfigError, FrampError
 
 if TYPE_CHECKING:
     from framp_core.data import DataSummary
@@ -43,13 +43,18 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
-def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar) -> FrampConfig:
-    """Read a configuration; paths given on the command line may be relative to the working directory."""
+def read_overrides(overrides: list[str] | None) -> dict[str, Scalar]:
+    """Read ``-o`` options; paths given on the command line may be relative to the working directory."""
     values: dict[str, Scalar] = dict(parse_override(text) for text in overrides or [])
     for key in ("data.root", "data.cache", "output.folder"):
         if values.get(key):
             values[key] = str(Path(str(values[key])).expanduser().resolve())
-    return FrampConfig.load(path, {**values, **fixed})
+    return values
+
+
+def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar) -> FrampConfig:
+    """Read a configuration with the ``-o`` options on it."""
+    return FrampConfig.load(path, {**read_overrides(overrides), **fixed})
 
 
 def new_run_folder(config_path: Path | None) -> Path:
@@ -83,6 +88,38 @@ def run(
         finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
     console.print(results_table(finished.json("summary.json")))
     console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first is tested against the others.")],
+    config: ConfigPath = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated; a seed fixes partition and initial weights.")] = "0,1,2",
+    preset: Annotated[str | None, typer.Option(help="A preset that comes with FRAMP, by name.")] = None,
+    override: Overrides = None,
+    reference: Annotated[str, typer.Option(help="Test this one instead.", show_default="the first method")] = "",
+    tune: Annotated[bool, typer.Option("--tune", help="Choose each method's learning rate from --grid.")] = False,
+    grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = "0.03,0.1,0.3",
+    tuning_seed: Annotated[int | None, typer.Option(min=0, show_default="largest seed + 1000")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; resumed if it exists.", show_default="runs/compare")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")] = None,
+) -> None:
+    """Run methods side by side, test one against the others, and write tables and figures."""
+    from framp.compare import Comparison, TuningPlan, compare_methods, find_preset, parse_list
+
+    if config is not None and preset is not None:
+        raise ConfigError(f"give a configuration file ({config}) or --preset {preset}, not both")
+    comparison = Comparison(
+        preset=find_preset(preset) if preset is not None else config,
+        overrides=read_overrides(override),
+        methods=parse_list(methods, "--methods", str),
+        seeds=parse_list(seeds, "--seeds", int),
+        out=(out or Path("runs") / "compare").expanduser().resolve(),
+        reference=reference,
+    )
+    plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed) if tune else None
+    written = compare_methods(comparison, plan, workers, console)
+    console.print(f"comparison: {written}", soft_wrap=True)
 
 
 @app.command()

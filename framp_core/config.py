@@ -104,6 +104,18 @@ class PartitionConfig(_Section):
         "matched", description="test labels follow the client's training labels, or a new draw of the scheme"
     )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of a client's training data")
+    feature_shift: Literal["none", "rotation", "colour", "contrast", "blur", "resolution", "mixed"] = Field(
+        "none", description="one fixed transform of all images of a client or cluster; mixed: the kinds in turn"
+    )
+    feature_shift_clusters: int = Field(
+        0, ge=0, description="clusters that share a transform; 0: each client has its own"
+    )
+    concept_shift_clusters: int = Field(
+        0, ge=0, description="clusters with a permutation of the labels each, the first with none; 0: off"
+    )
+    quantity_skew: float = Field(
+        0.0, ge=0, description="standard deviation of the log-normal client sizes (balanced-dirichlet, iid); 0: off"
+    )
 
     @property
     def nodes(self) -> int:
@@ -190,6 +202,8 @@ class LocalConfig(_Section):
     absent_class_prior: float = Field(1e-4, gt=0, lt=1, description="prior of a class that the client lacks")
     alignment_weight: float = Field(0.1, ge=0, description="lambda of the prototype-alignment loss; 0: off")
     alignment_distance: Literal["squared-l2", "cosine"] = "squared-l2"
+    masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
+    threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")
     threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -250,7 +264,9 @@ class OutputConfig(_Section):
 class FrampConfig(_Section):
     """The whole configuration of a run."""
 
-    method: Literal["framp"] = "framp"
+    method: Literal["framp", "fiarse", "heterofl", "fedrolex", "local"] = Field(
+        "framp", description="the strategy; what its paper fixes besides stands in framp_core/methods.py"
+    )
     seed: int = Field(0, ge=0, description="root of every random stream")
     rounds: int = Field(100, ge=1)
     data: DataConfig = DataConfig()

@@ -1,6 +1,7 @@
-"""The one description of a model's flat parameter vector."""
+"""The one description of a model's flat parameter vector, and of the channels that couple its layers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -11,6 +12,24 @@ import torch
 from torch import Tensor, nn
 
 MASKABLE_LAYERS = (nn.Conv2d, nn.Linear)
+INPUT, CLASSES = "input", "classes"
+"""Channel groups that no submodel slices: the image (flattened or not), and the rows of the head."""
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Which channels the first two dimensions of a layer's tensors stand for.
+
+    Channels that must be kept or dropped together form a group: what a layer writes, its normalisation scales, and
+    the next layer reads; in a residual network also the sum that the identity shortcuts of a stage tie together.
+
+    Attributes:
+        rows: group of dimension 0.
+        columns: group of dimension 1 of the layer's weight.
+    """
+
+    rows: str
+    columns: str = INPUT
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,7 @@ class ParameterSlot:
         maskable: whether ranking and masking apply; convolution and linear weights are maskable, biases and
             norm parameters are always kept.
         offset: position of the first element in the flat vector.
+        coupling: channel groups of dimensions 0 and 1; None for a network that does not describe its channels.
     """
 
     name: str
@@ -31,6 +51,7 @@ class ParameterSlot:
     fan_in: int
     maskable: bool
     offset: int
+    coupling: Coupling | None = None
 
     @property
     def size(self) -> int:
@@ -59,7 +80,12 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterLayout":
-        """Describe ``model``: one slot per parameter, in the order of ``named_parameters``."""
+        """Describe ``model``: one slot per parameter, in the order of ``named_parameters``.
+
+        A network whose submodels can be slices of channels has an attribute ``couplings``: the :class:`Coupling` of
+        each layer with parameters, by the layer's dotted name.
+        """
+        couplings: Mapping[str, Coupling] = getattr(model, "couplings", {})
         maskable = {
             f"{prefix}.weight" if prefix else "weight"
             for prefix, layer in model.named_modules()
@@ -69,7 +95,8 @@ class ParameterLayout:
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
             fan_in = math.prod(shape[1:]) if name in maskable else 1
-            slots.append(ParameterSlot(name, shape, fan_in, name in maskable, offset))
+            coupling = couplings.get(name.rpartition(".")[0])
+            slots.append(ParameterSlot(name, shape, fan_in, name in maskable, offset, coupling))
             offset += math.prod(shape)
         return cls(tuple(slots))
 
@@ -102,6 +129,18 @@ class ParameterLayout:
     def fan_in(self) -> np.ndarray:
         """Float32 vector of length n: the fan-in of the slot each element belongs to."""
         return np.repeat(np.array([slot.fan_in for slot in self.slots], dtype=np.float32), self.sizes)
+
+    @cached_property
+    def hidden(self) -> dict[str, int]:
+        """Number of channels of each hidden group, in layout order; empty if the network does not describe them."""
+        return {
+            slot.coupling.rows: slot.shape[0] for slot in self.slots if slot.coupling and slot.coupling.rows != CLASSES
+        }
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Number of hidden channels of all groups together."""
+        return sum(self.hidden.values())
 
     def kept(self, capacity: float | Fraction) -> int:
         """Maskable weights that a client of this capacity holds: k = floor(capacity * maskable_size)."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framp_core.config import FrampConfig, LocalConfig
@@ -97,7 +97,11 @@ def batch_positions(examples: int, batch_size: int, steps: int, rng: np.random.G
 
 
 class _Objective:
-    """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``."""
+    """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``.
+
+    With ``masked_cross_entropy`` the logits of the classes that the client has no image of are 0 before the rest
+    (HeteroFL, Diao et al. 2021): they still count in the softmax, and get no gradient.
+    """
 
     def __init__(
         self, config: LocalConfig, data: ClientData, prototypes: Prototypes | None, device: torch.device
@@ -105,17 +109,76 @@ class _Objective:
         self.config = config
         prior = log_prior(data.class_counts(), config.absent_class_prior)
         self.offset = (config.prior_strength * prior).to(device)
+        self.absent = torch.from_numpy(data.class_counts() == 0).to(device) if config.masked_cross_entropy else None
         self.targets: tuple[Tensor, Tensor] | None = None
         if prototypes is not None and config.alignment_weight > 0:
             means, present = prototypes.dense(data.classes)
             self.targets = torch.from_numpy(means).to(device), torch.from_numpy(present).to(device)
 
     def __call__(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        if self.absent is not None:
+            logits = logits.masked_fill(self.absent, 0.0)
         loss = F.cross_entropy(logits + self.offset, labels)
         if self.targets is not None:
             alignment = alignment_loss(features, labels, *self.targets, self.config.alignment_distance)
             loss = loss + self.config.alignment_weight * alignment
         return loss
+
+
+class _KeptWeights:
+    """The weights in training: the network runs what the optimizer moves, and dropped weights get no gradient.
+
+    Attributes:
+        latent: what the optimizer moves, ``(n,)``; its gradient is the network's flat gradient.
+    """
+
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+        model.load(start)
+        self.model, self.kept = model, kept
+        self.latent = model.flat
+
+    def pull_back(self) -> None:
+        """Turn the gradient with respect to what the network runs into that with respect to ``latent``."""
+        self.model.flat_gradient.mul_(self.kept)
+
+    def show(self) -> None:
+        """Bring the network up to date with ``latent``, which here it runs anyway."""
+
+
+class _ThresholdedWeights(_KeptWeights):
+    """FIARSE's threshold-controlled biased gradient descent (Wu et al., NeurIPS 2024, arXiv 2407.19389).
+
+    The network runs ``w = x * M`` with ``M = 1[|x| >= theta]`` on the kept maskable weights and 1 on the
+    always-kept ones. theta is the smallest |x| of a kept maskable weight as received and stays for the round; M
+    follows x, so that a weight which falls below theta drops out. With the mask's derivative taken as
+    ``dM/d|x| = 2 * theta / (|x| + theta)^2`` where M is 1, the gradient with respect to x is
+
+        ``dF/dw * M * (1 + 2 * |x| * theta / (|x| + theta)^2)``,
+
+    a factor in [1, 1.5]: 1.5 at the threshold, 1 far above it. Without momentum and weight decay, as published, a
+    weight that dropped out keeps its value.
+    """
+
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+        super().__init__(model, start, kept)
+        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
+        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).min()
+        self.latent = nn.Parameter(start.clone())
+        self.latent.grad = model.flat_gradient
+
+    def pull_back(self) -> None:
+        super().pull_back()
+        size = self.latent.detach().abs()
+        # 0 / 0 := 0: a threshold of 0, a kept weight that is 0, leaves plain training.
+        share = size / (size + self.threshold).clamp_min(torch.finfo(size.dtype).tiny)
+        self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
+
+    def show(self) -> None:
+        self.model.load(self.latent.detach() * self._mask())
+
+    def _mask(self) -> Tensor:
+        """M, bool ``(n,)``; true where the weight is not ranked."""
+        return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
 
 
 def train_locally(
@@ -133,7 +196,9 @@ def train_locally(
     The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: the
     logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
     class prior, and :func:`framp_core.prototypes.alignment_loss`. Dropped weights are zero, get no gradient and stay
-    zero, also under momentum and weight decay.
+    zero, also under momentum and weight decay. ``local.masked_cross_entropy`` is HeteroFL's loss,
+    ``local.threshold_gradient`` FIARSE's gradient, under which a kept weight that falls below the round's threshold is
+    left out of ``model`` and yet keeps its value in the delta.
 
     Args:
         model: the network to train; all of its parameters are overwritten.
@@ -151,20 +216,21 @@ def train_locally(
     local, device = config.local, model.flat.device
     kept = torch.ones_like(model.flat) if mask is None else torch.tensor(mask, device=device)
     start = torch.tensor(values, device=device) * kept
-    model.load(start)
+    weights = (_ThresholdedWeights if local.threshold_gradient else _KeptWeights)(model, start, kept)
     objective = _Objective(local, data, prototypes, device)
     optimizer = torch.optim.SGD(
-        [model.flat], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
+        [weights.latent], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
     )
     losses = []
     for inputs, labels in _training_batches(data, config, rng, steps or local.steps, device):
         model.flat_gradient.zero_()
         loss = objective(*model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        model.flat_gradient.mul_(kept)
+        weights.pull_back()
         optimizer.step()
+        weights.show()
         losses.append(loss.detach())
-    delta, history = model.flat.detach() - start, torch.stack(losses)
+    delta, history = weights.latent.detach() - start, torch.stack(losses)
     _require_finite(delta, history, data.name, local)
     return LocalResult(delta.cpu().numpy(), float(history.mean()), len(data.train), len(losses))
 
@@ -220,6 +286,12 @@ def client_prototypes(model: FlatModel, data: ClientData) -> Prototypes:
     """
     features, labels = penultimate_features(model, data.train, data.normaliser)
     return local_prototypes(features, labels, data.classes)
+
+
+def no_prototypes(model: FlatModel) -> Prototypes:
+    """What a client sends in their place when nothing is aligned: p = 0, a few bytes."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return Prototypes(nothing, nothing, np.zeros((0, model.model.feature_size), dtype=np.float32))
 
 
 @torch.inference_mode()

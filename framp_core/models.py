@@ -1,6 +1,6 @@
 """Client architectures. Each is split into ``features`` and ``head``; penultimate features are an output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from framp_core.config import ModelConfig
 from framp_core.errors import ModelError
-from framp_core.layout import ParameterLayout
+from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout
 from framp_core.randomness import stream
 
 
@@ -20,13 +20,17 @@ class FeaturesAndHead(nn.Module):
         features: maps a batch of inputs to penultimate features ``(batch, feature_size)``.
         feature_size: width of the penultimate features.
         classes: number of classes.
+        couplings: channel groups of every layer with parameters, for methods that slice channels; empty if unknown.
     """
 
-    def __init__(self, features: nn.Module, feature_size: int, classes: int) -> None:
+    def __init__(
+        self, features: nn.Module, feature_size: int, classes: int, couplings: Mapping[str, Coupling] | None = None
+    ) -> None:
         super().__init__()
         self.features = features
         self.head = nn.Linear(feature_size, classes)
         self.feature_size = feature_size
+        self.couplings = dict(couplings or {})
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits ``(batch, classes)`` and penultimate features ``(batch, feature_size)``."""
@@ -43,19 +47,28 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def conv_net(channels: int, widths: Sequence[int], groups: int, image_size: int) -> nn.Module:
+def slim_groups(channels: int, kept: int, groups: int) -> int:
+    """Groups of GroupNorm where ``kept`` of ``channels`` channels are left, of ``groups`` groups at full width.
+
+    As many channels per group as at full width; where they do not divide ``kept``, the largest number of groups that
+    does and is smaller.
+    """
+    return next(number for number in range(max(1, kept * groups // channels), 0, -1) if kept % number == 0)
+
+
+def conv_net(channels: int, widths: Sequence[int], groups: Sequence[int], image_size: int) -> nn.Sequential:
     """3x3 convolutions with GroupNorm and ReLU; the image is halved after each but the last while it is > 2."""
     layers: list[nn.Module] = []
     size = image_size
     for index, (narrow, wide) in enumerate(pairwise((channels, *widths))):
-        layers += [nn.Conv2d(narrow, wide, 3, padding=1, bias=False), _norm(wide, groups), nn.ReLU()]
+        layers += [nn.Conv2d(narrow, wide, 3, padding=1, bias=False), _norm(wide, groups[index]), nn.ReLU()]
         if index < len(widths) - 1 and size > 2:
             layers.append(nn.MaxPool2d(2))
             size //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def mlp(inputs: int, widths: Sequence[int]) -> nn.Module:
+def mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
     """Fully connected layers with ReLU on the flattened image."""
     layers: list[nn.Module] = [nn.Flatten()]
     for narrow, wide in pairwise((inputs, *widths)):
@@ -81,40 +94,83 @@ class BasicBlock(nn.Module):
         hidden = F.relu(self.norm1(self.conv1(inputs)))
         return F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
 
+    def couplings(self, name: str, inputs: str) -> dict[str, Coupling]:
+        """Channel groups of the block's layers; an identity shortcut ties the block's output to its input.
 
-def resnet18(channels: int, widths: Sequence[int], groups: int) -> nn.Module:
+        Args:
+            name: dotted name of the block.
+            inputs: channel group that the block reads.
+        """
+        hidden, output = f"{name}.hidden", inputs if isinstance(self.shortcut, nn.Identity) else f"{name}.output"
+        layers = {
+            "conv1": Coupling(hidden, inputs),
+            "norm1": Coupling(hidden),
+            "conv2": Coupling(output, hidden),
+            "norm2": Coupling(output),
+        }
+        if output != inputs:
+            layers |= {"shortcut.0": Coupling(output, inputs), "shortcut.1": Coupling(output)}
+        return {f"{name}.{layer}": coupling for layer, coupling in layers.items()}
+
+
+def resnet18(channels: int, widths: Sequence[int], groups: Sequence[int]) -> nn.Sequential:
     """ResNet-18 with a CIFAR stem (3x3, stride 1, no pooling): 11,173,962 parameters with a head of 10 classes."""
     if len(widths) != 4:
         raise ModelError(f"resnet18 has four stages; model.widths gives {len(widths)}: {tuple(widths)}")
-    stem = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), _norm(widths[0], groups), nn.ReLU()]
+    stem = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), _norm(widths[0], groups[0]), nn.ReLU()]
     blocks: list[nn.Module] = []
     for stage, (narrow, wide) in enumerate(pairwise((widths[0], *widths))):
         blocks += [
-            BasicBlock(narrow, wide, 1 if stage == 0 else 2, groups),
-            BasicBlock(wide, wide, 1, groups),
+            BasicBlock(narrow, wide, 1 if stage == 0 else 2, groups[stage]),
+            BasicBlock(wide, wide, 1, groups[stage]),
         ]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build_model(config: ModelConfig, input_shape: tuple[int, int, int], classes: int) -> FeaturesAndHead:
+def _couplings(features: nn.Sequential) -> dict[str, Coupling]:
+    """Channel groups of the architectures of this file: every convolution or linear layer opens one."""
+    couplings: dict[str, Coupling] = {}
+    group = INPUT
+    for child, layer in features.named_children():
+        name = f"features.{child}"
+        if isinstance(layer, BasicBlock):
+            couplings |= layer.couplings(name, group)
+            group = couplings[f"{name}.conv2"].rows
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            couplings[name] = Coupling(name, group)
+            group = name
+        elif isinstance(layer, nn.GroupNorm):
+            couplings[name] = Coupling(group)
+    return couplings | {"head": Coupling(CLASSES, group)}
+
+
+def build_model(
+    config: ModelConfig, input_shape: tuple[int, int, int], classes: int, kept: Sequence[int] | None = None
+) -> FeaturesAndHead:
     """Build the client architecture.
 
     Args:
         config: name, widths and normalisation groups.
         input_shape: channels, height and width of an image.
         classes: number of classes of the head.
+        kept: channels left of each of ``config.widths``, for a slimmer network of the same architecture whose
+            normalisation groups are those of :func:`slim_groups`; None builds the full one.
 
     Raises:
         ModelError: the widths do not fit the architecture or the groups.
     """
     channels, height, width = input_shape
+    widths, groups = config.widths, [config.groups] * len(config.widths)
+    if kept is not None:
+        groups = [slim_groups(full, left, config.groups) for full, left in zip(widths, kept, strict=True)]
+        widths = tuple(kept)
     if config.name == "conv":
-        features = conv_net(channels, config.widths, config.groups, min(height, width))
+        features = conv_net(channels, widths, groups, min(height, width))
     elif config.name == "resnet18":
-        features = resnet18(channels, config.widths, config.groups)
+        features = resnet18(channels, widths, groups)
     else:
-        features = mlp(channels * height * width, config.widths)
-    return FeaturesAndHead(features, config.widths[-1], classes)
+        features = mlp(channels * height * width, widths)
+    return FeaturesAndHead(features, widths[-1], classes, _couplings(features))
 
 
 def initial_parameters(model: nn.Module, seed: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 Wire format, little-endian: magic ``FRMP``, protocol version (1 byte), kind (1), value format (1), the length of each
 part (4 each), the parts, CRC-32 of everything before (4). A submodel has the parts values, mask and prototypes; an
-update values and prototypes, since both ends know the mask; a descriptor its vector alone. Prototypes are their number
-p, then p class ids, p image counts and p x f float32 means; an empty part stands for no prototypes.
+update values and prototypes, since both ends know the mask; a descriptor its vector alone. A slim submodel, one of
+whole channels, has values and, as its mask, the selected channels. Prototypes are their number p, then p class ids,
+p image counts and p x f float32 means; an empty part stands for no prototypes, and those of a slim client have f = 0.
 """
 
 import struct
 import zlib
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from framp_core.errors import (
 )
 from framp_core.layout import ParameterLayout
 from framp_core.prototypes import Prototypes
+from framp_core.structured import by_group, kept_channels, kept_sizes, selection_of
 
 PROTOCOL_VERSION = 1
 MAX_DESCRIPTOR_SIZE = 65_536
@@ -49,7 +52,8 @@ class _Kind:
 _SUBMODEL = _Kind(1, "submodel", ("values", "mask", "prototypes"))
 _UPDATE = _Kind(2, "update", ("values", "prototypes"))
 _DESCRIPTOR = _Kind(3, "descriptor", ("descriptor",))
-_KINDS = {kind.code: kind for kind in (_SUBMODEL, _UPDATE, _DESCRIPTOR)}
+_SLIM = _Kind(4, "slim", ("values", "mask"))
+_KINDS = {kind.code: kind for kind in (_SUBMODEL, _UPDATE, _DESCRIPTOR, _SLIM)}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,19 @@ class Submodel:
         theta = np.zeros(self.mask.size, dtype=np.float32)
         theta[self.mask] = self.values
         return theta
+
+
+@dataclass(frozen=True)
+class SlimSubmodel:
+    """What a client of a method that slices channels receives.
+
+    Attributes:
+        values: float32 ``(k,)``, the flat vector of the slim network; finite.
+        selection: bool ``(hidden_size,)``, the channels it keeps of each hidden group, in layout order.
+    """
+
+    values: np.ndarray
+    selection: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,56 @@ def decode_submodel(
     values = _decode_finite(message, "values", _kept_sizes(mask, layout))
     prototypes = _decode_prototypes(message.contents["prototypes"], classes, feature_size)
     return Submodel(values, mask, prototypes)
+
+
+def is_slim(blob: bytes) -> bool:
+    """Whether a message is a slim submodel, going by its header alone.
+
+    Raises:
+        ProtocolError: a subclass per fault of the header, see :mod:`framp_core.errors`.
+    """
+    return _read_head(blob)[0] == _SLIM
+
+
+def encode_slim(
+    theta_kept: np.ndarray, mask: np.ndarray, layout: ParameterLayout, value_format: ValueFormat
+) -> Encoded:
+    """Server to client: the weights of a submodel of whole channels, and which channels those are.
+
+    Args:
+        theta_kept: float32 ``(k,)``, ``theta[mask]``.
+        mask: bool ``(n,)``, of :func:`framp_core.structured.channel_mask`.
+        layout: description of the full vector.
+        value_format: how the weights are written.
+
+    Raises:
+        MaskMismatchError: mask, values and layout do not fit together, or channels are kept in part.
+    """
+    values = encode_values(theta_kept, value_format, _kept_sizes(mask, layout))
+    return _pack(_SLIM, value_format, values, encode_mask(selection_of(layout, mask)))
+
+
+def decode_slim(blob: bytes, layout: ParameterLayout, capacity: Fraction) -> SlimSubmodel:
+    """Inverse of :func:`encode_slim`; allocates no more than the slim network takes.
+
+    Args:
+        blob: the message.
+        layout: description of the full model.
+        capacity: gamma of this client, which fixes how many channels of each group it holds.
+
+    Raises:
+        ProtocolError: a subclass per fault, see :mod:`framp_core.errors`.
+    """
+    message = _unpack(blob, _SLIM)
+    selection = decode_mask(message.contents["mask"], layout.hidden_size)
+    for group, channels in by_group(layout, selection).items():
+        kept, expected = int(np.count_nonzero(channels)), kept_channels(channels.size, capacity)
+        if kept != expected:
+            raise MaskMismatchError(
+                f"the submodel keeps {kept} of the {channels.size} channels of {group} and a client of capacity "
+                f"{capacity} holds {expected}; check that the server knows the client's capacity"
+            )
+    return SlimSubmodel(_decode_finite(message, "values", kept_sizes(layout, selection)), selection)
 
 
 def encode_update(

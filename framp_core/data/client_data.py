@@ -1,6 +1,7 @@
 """What one client holds: its images by use, its capacity, and the pool for Union accuracy."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from framp_core.config import DataConfig, FrampConfig
-from framp_core.data.partition import Partition, make_partition
+from framp_core.data.partition import ClientSplit, Partition, make_partition
+from framp_core.data.shift import Shift
 from framp_core.data.sources import ImageData, load_images
 from framp_core.data.transforms import Normaliser
 from framp_core.errors import DataError
@@ -23,13 +25,15 @@ class LabelledImages:
 
     Attributes:
         images: uint8 ``(N, C, H, W)``, the whole pool, as a rule a memory map.
-        labels: int64 ``(N,)`` of the whole pool, in [0, C).
+        labels: int64 ``(N,)`` of the whole pool, in [0, C); under concept shift, what the owner calls each image.
         indices: int64 ``(len(self),)``, the positions in the pool that belong to the selection; may be empty.
+        shift: transform of each image of the pool by its owner; None leaves the images as they are.
     """
 
     images: np.ndarray
     labels: np.ndarray
     indices: np.ndarray
+    shift: Shift | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -41,7 +45,7 @@ class LabelledImages:
         return selected
 
     def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Read some images into memory.
+        """Read some images into memory, shifted as their owners see them.
 
         Args:
             positions: int ``(b,)``, positions in the selection, each in [0, len(self)).
@@ -50,7 +54,10 @@ class LabelledImages:
             Images, uint8 ``(b, C, H, W)``, and labels, int64 ``(b,)``.
         """
         chosen = self.indices[positions]
-        return torch.from_numpy(self.images[chosen]), torch.from_numpy(self.labels[chosen])
+        images = torch.from_numpy(self.images[chosen])
+        if self.shift is not None:
+            images = self.shift(images, chosen)
+        return images, torch.from_numpy(self.labels[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +78,9 @@ class ClientData:
             of the client's images is less than one.
         test: local test images, at least one.
         union_test: test images of all clients of role train, in one fixed random order, so that the first ones
-            are a fair sample of all.
+            are a fair sample of all. Each image comes with the feature shift and under the labels of the client
+            that owns it: it asks how the client's model serves the other clients as they are. Under concept shift
+            no single model can be right on all of it, for clients name the same class differently.
         partition_digest: identifies the whole partition; equal on all clients and on the server.
     """
 
@@ -88,7 +97,10 @@ class ClientData:
     partition_digest: str
 
     def class_counts(self) -> np.ndarray:
-        """Number of training images per class, int64 ``(C,)``; zero for a class that the client lacks."""
+        """Number of training images per class, int64 ``(C,)``; zero for a class that the client lacks.
+
+        Under concept shift the classes are the client's own labels.
+        """
         return np.bincount(self.train.selected_labels, minlength=self.classes)
 
 
@@ -114,11 +126,39 @@ def load_partition(config: FrampConfig, partitions: int) -> tuple[ImageData, Par
 
 
 @lru_cache(maxsize=4)
-def _union(config: FrampConfig, partitions: int) -> LabelledImages:
+def _pools(config: FrampConfig, partitions: int) -> tuple[LabelledImages, LabelledImages]:
+    """The whole train and test pools as the owners of the images see them; shared by all clients of the process."""
     images, partition = load_partition(config, partitions)
+    clients = partition.clients
+    train = [np.concatenate([client.train, client.validation]) for client in clients]
+    test = [client.test for client in clients]
+    return (
+        _owned(images.train_images, images.train_labels, clients, train),
+        _owned(images.test_images, images.test_labels, clients, test),
+    )
+
+
+def _owned(
+    images: np.ndarray, labels: np.ndarray, clients: Sequence[ClientSplit], holdings: Sequence[np.ndarray]
+) -> LabelledImages:
+    """A pool under the labels and shifts of the clients; each image has at most one owner."""
+    owners = np.zeros(len(labels), dtype=np.int64)
+    own_labels = labels.copy()
+    for index, (client, held) in enumerate(zip(clients, holdings, strict=True)):
+        owners[held] = index
+        if client.concept_shift is not None:
+            own_labels[held] = np.array(client.concept_shift.labels)[labels[held]]
+    transforms = [client.feature_shift.transform for client in clients if client.feature_shift is not None]
+    shift = Shift(transforms, owners) if transforms else None
+    return LabelledImages(images, own_labels, np.arange(len(labels)), shift)
+
+
+@lru_cache(maxsize=4)
+def _union(config: FrampConfig, partitions: int) -> LabelledImages:
+    _, partition = load_partition(config, partitions)
+    _, pool = _pools(config, partitions)
     indices = np.sort(np.concatenate([client.test for client in partition.clients if client.role == "train"]))
-    order = stream(config.seed, "union-order").permutation(indices)
-    return LabelledImages(images.test_images, images.test_labels, order)
+    return replace(pool, indices=stream(config.seed, "union-order").permutation(indices))
 
 
 def load_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
@@ -138,6 +178,7 @@ def load_client(config: FrampConfig, partition_id: int, partitions: int) -> Clie
             f"and all the same num-partitions"
         )
     images, partition = load_partition(config, partitions)
+    train, test = _pools(config, partitions)
     split = partition.clients[partition_id]
     return ClientData(
         name=split.name,
@@ -146,9 +187,9 @@ def load_client(config: FrampConfig, partition_id: int, partitions: int) -> Clie
         classes=images.classes,
         shape=images.shape,
         normaliser=images.normaliser,
-        train=LabelledImages(images.train_images, images.train_labels, split.train),
-        validation=LabelledImages(images.train_images, images.train_labels, split.validation),
-        test=LabelledImages(images.test_images, images.test_labels, split.test),
+        train=replace(train, indices=split.train),
+        validation=replace(train, indices=split.validation),
+        test=replace(test, indices=split.test),
         union_test=_union(config, partitions),
         partition_digest=partition.digest,
     )

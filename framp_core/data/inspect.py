@@ -1,13 +1,15 @@
 """Summary of a data set and its partition as plain data, for ``framp data inspect``."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from framp_core.config import FrampConfig
-from framp_core.data.client_data import load_partition
+from framp_core.data.client_data import load_client, load_partition
 from framp_core.data.partition import Partition
+from framp_core.data.shift import ConceptShift, FeatureShift
 from framp_core.data.sources import ImageData
 
 
@@ -22,10 +24,13 @@ class ClientRow:
         train: number of training images.
         validation: number of validation images.
         test: number of test images.
-        class_counts: training images per class, in the order of the class names.
+        class_counts: training images per class, in the order of the class names; under concept shift, by the
+            client's own labels.
         classes: number of classes with training images.
         most_frequent: up to three classes with the most training images, as name and share in (0, 1], largest first,
             equals in the order of the class names.
+        feature_shift: cluster and transform, such as ``cluster 2: rotation, degrees 180.0``; empty where it is off.
+        concept_shift: cluster and extent, such as ``cluster 1: 9 of 10 labels moved``; empty where it is off.
     """
 
     client: str
@@ -37,6 +42,8 @@ class ClientRow:
     class_counts: tuple[int, ...]
     classes: int
     most_frequent: tuple[tuple[str, float], ...]
+    feature_shift: str
+    concept_shift: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class DataSummary:
     """The data set and who holds which part of it.
 
     Attributes:
-        facts: rows ``{"fact": ..., "value": ...}`` on the data set.
+        facts: rows ``{"fact": ..., "value": ...}`` on the data set, and on the shifts and quantity skew that are on,
+            one row per cluster.
         class_names: what the positions of ``ClientRow.class_counts`` stand for.
         clients: one row per client, in order of their index.
         digest: of the partition.
@@ -63,17 +71,18 @@ def summarise_data(config: FrampConfig) -> DataSummary:
         DataError: the images cannot be read, or the partition leaves a client without images.
     """
     images, partition = load_partition(config, config.partition.nodes)
+    facts = _facts(config, images) | _shifts(config, partition)
     return DataSummary(
-        facts=_facts(config, images),
+        facts=tuple({"fact": fact, "value": value} for fact, value in facts.items()),
         class_names=images.class_names,
-        clients=_rows(images, partition),
+        clients=_rows(config, images, partition),
         digest=partition.digest,
     )
 
 
-def _facts(config: FrampConfig, images: ImageData) -> tuple[dict[str, str], ...]:
+def _facts(config: FrampConfig, images: ImageData) -> dict[str, str]:
     channels, height, width = images.shape
-    facts = {
+    return {
         "data set": config.data.name,
         "root": config.data.root or "-",
         "image": f"{height}x{width}, {'grey' if channels == 1 else 'RGB'}",
@@ -83,7 +92,48 @@ def _facts(config: FrampConfig, images: ImageData) -> tuple[dict[str, str], ...]
         "channel mean": ", ".join(f"{value:.4f}" for value in images.normaliser.mean),
         "channel std": ", ".join(f"{value:.4f}" for value in images.normaliser.std),
     }
-    return tuple({"fact": fact, "value": value} for fact, value in facts.items())
+
+
+def _shifts(config: FrampConfig, partition: Partition) -> dict[str, str]:
+    settings, clients = config.partition, partition.clients
+    facts = {}
+    if settings.feature_shift != "none":
+        clusters = settings.feature_shift_clusters
+        extent = _count(clusters, "cluster") if clusters else "one per client"
+        facts["feature shift"] = f"{settings.feature_shift}, {extent}"
+        facts |= _clusters("feature", [client.feature_shift for client in clients]) if clusters else {}
+    if settings.concept_shift_clusters:
+        facts["concept shift"] = _count(settings.concept_shift_clusters, "cluster")
+        facts |= _clusters("concept", [client.concept_shift for client in clients])
+    if settings.quantity_skew:
+        sizes = [len(client.train) + len(client.validation) for client in clients]
+        facts["quantity skew"] = f"{settings.quantity_skew:g} ({min(sizes)} to {max(sizes)} images per client)"
+    return facts
+
+
+def _clusters(kind: str, shifts: Sequence[FeatureShift | ConceptShift | None]) -> dict[str, str]:
+    """One row per cluster: what it does, and how many clients it has."""
+    members = Counter((shift.cluster, _effect(shift)) for shift in shifts if shift is not None)
+    return {
+        f"{kind} cluster {cluster}": f"{effect}; {_count(count, 'client')}"
+        for (cluster, effect), count in sorted(members.items())
+    }
+
+
+def _effect(shift: FeatureShift | ConceptShift) -> str:
+    if isinstance(shift, ConceptShift):
+        moved = sum(label != index for index, label in enumerate(shift.labels))
+        return f"{moved} of {len(shift.labels)} labels moved"
+    parameters = shift.transform.to_dict()
+    return ", ".join([parameters.pop("kind"), *(f"{name} {value}" for name, value in parameters.items())])
+
+
+def _shift_text(shift: FeatureShift | ConceptShift | None) -> str:
+    return f"cluster {shift.cluster}: {_effect(shift)}" if shift is not None else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _per_class(labels: np.ndarray, classes: int) -> str:
@@ -91,10 +141,10 @@ def _per_class(labels: np.ndarray, classes: int) -> str:
     return f"{len(labels)} ({counts.min()} to {counts.max()} per class)"
 
 
-def _rows(images: ImageData, partition: Partition) -> tuple[ClientRow, ...]:
+def _rows(config: FrampConfig, images: ImageData, partition: Partition) -> tuple[ClientRow, ...]:
     rows = []
-    for split in partition.clients:
-        counts = np.bincount(images.train_labels[split.train], minlength=images.classes)
+    for index, split in enumerate(partition.clients):
+        counts = load_client(config, index, config.partition.nodes).class_counts()
         rows.append(
             ClientRow(
                 client=split.name,
@@ -106,6 +156,8 @@ def _rows(images: ImageData, partition: Partition) -> tuple[ClientRow, ...]:
                 class_counts=tuple(counts.tolist()),
                 classes=int(np.count_nonzero(counts)),
                 most_frequent=_most_frequent(counts, images.class_names),
+                feature_shift=_shift_text(split.feature_shift),
+                concept_shift=_shift_text(split.concept_shift),
             )
         )
     return tuple(rows)

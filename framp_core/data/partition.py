@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from framp_core.config import CapacityConfig, FrampConfig, PartitionConfig
+from framp_core.data.shift import ConceptShift, FeatureShift, concept_shifts, feature_shifts
 from framp_core.errors import DataError
 from framp_core.randomness import stream
 from framp_core.rounding import largest_remainder
@@ -30,6 +31,8 @@ class ClientSplit:
         train: int64, ascending, positions in the train pool; at least one.
         validation: int64, ascending, positions in the train pool; may be empty.
         test: int64, ascending, positions in the test pool; at least one.
+        feature_shift: transform of all its images; None where feature shift is off.
+        concept_shift: permutation of its labels; None where concept shift is off.
     """
 
     name: str
@@ -38,9 +41,12 @@ class ClientSplit:
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    feature_shift: FeatureShift | None = None
+    concept_shift: ConceptShift | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The split in JSON's types."""
+        """The split in JSON's types; a shift that is off is left out."""
+        shifts = {"feature_shift": self.feature_shift, "concept_shift": self.concept_shift}
         return {
             "name": self.name,
             "role": self.role,
@@ -48,6 +54,7 @@ class ClientSplit:
             "train": self.train.tolist(),
             "validation": self.validation.tolist(),
             "test": self.test.tolist(),
+            **{name: shift.to_dict() for name, shift in shifts.items() if shift is not None},
         }
 
 
@@ -71,7 +78,7 @@ class Partition:
     def digest(self) -> str:
         """SHA-256 of ``{"labels_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
 
-        Equal digests mean the same images on the same clients, however they were arrived at.
+        Equal digests mean the same images, transforms and labels on the same clients, however they were arrived at.
         """
         content = {"labels_digest": self.labels_digest, "clients": [client.to_dict() for client in self.clients]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -106,6 +113,12 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     rounding leaves without any is given one: of the classes that it holds, from the client that has most images of
     one and more than that one image.
 
+    Sizes: with ``quantity_skew`` s > 0, ``balanced-dirichlet`` and ``iid`` give each client one image and divide the
+    rest in proportion to exp(s z), z ~ N(0, 1), by largest remainder, in place of equal sizes.
+
+    Feature and concept shift (:mod:`framp_core.data.shift`) change what a client sees of its images, not which it
+    holds: all of the above goes by the labels of the data set.
+
     A client may lack classes, but not training or test images. ``validation_fraction`` of its training images,
     rounded down, is drawn at random as validation data.
 
@@ -116,9 +129,11 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
         classes: C, the number of classes.
 
     Raises:
-        DataError: a client would end without training or test images, or more classes per client than there are.
+        DataError: a client would end without training or test images, more classes per client than there are,
+            quantity skew with a scheme that has sizes of its own, or more clusters than training clients.
     """
     settings, seed = config.partition, config.seed
+    _check_quantity_skew(settings)
     available = np.bincount(test_labels, minlength=classes)
     counts = _scheme_counts(np.bincount(train_labels, minlength=classes), settings, seed, "train")
     _require_images(counts, settings, "training")
@@ -130,11 +145,14 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     train = _deal(train_labels, counts, stream(seed, "partition-deal", "train"))
     test = _deal(test_labels, test_counts, stream(seed, "partition-deal", "test"))
     capacities = _capacities(config.capacity, settings, seed)
+    features = feature_shifts(settings, seed)
+    concepts = concept_shifts(settings, classes, seed)
     clients = []
     for index, (own_train, own_test) in enumerate(zip(train, test, strict=True)):
         kept, validation = _split_validation(own_train, settings.validation_fraction, seed, index)
         role: Literal["train", "unseen"] = "train" if index < settings.clients else "unseen"
-        clients.append(ClientSplit(_name(index), role, capacities[index], kept, validation, own_test))
+        held = (kept, validation, own_test)
+        clients.append(ClientSplit(_name(index), role, capacities[index], *held, features[index], concepts[index]))
     nested = config.to_nested()
     return Partition(
         clients=tuple(clients),
@@ -154,7 +172,7 @@ def _name(index: int) -> str:
 def _balanced_dirichlet(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
     nodes, classes, total = settings.nodes, len(available), int(available.sum())
     priors = rng.dirichlet(np.full(classes, settings.alpha), size=nodes)
-    owners = rng.permutation(np.arange(total) % nodes).tolist()
+    owners = rng.permutation(_turns(_sizes(total, settings, rng))).tolist()
     draws = rng.random(total).tolist()
     remaining = available.tolist()
     counts = np.zeros((nodes, classes), dtype=np.int64)
@@ -167,6 +185,22 @@ def _balanced_dirichlet(available: np.ndarray, settings: PartitionConfig, rng: n
         if not remaining[label]:
             cumulative = _cumulative(priors, remaining)
     return counts
+
+
+def _sizes(total: int, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
+    """Images per client, int64 ``(nodes,)``, sum ``total``: equal within one, or log-normal above one image each."""
+    nodes = settings.nodes
+    if not settings.quantity_skew or total < nodes:
+        return total // nodes + (np.arange(nodes) < total % nodes)
+    exponents = settings.quantity_skew * rng.standard_normal(nodes)
+    return 1 + largest_remainder(total - nodes, np.exp(exponents - exponents.max()))
+
+
+def _turns(sizes: np.ndarray) -> np.ndarray:
+    """Clients in turn until each has had as many turns as its size, int64 ``(sum of sizes,)``."""
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    turns = np.arange(len(owners)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return owners[np.lexsort((owners, turns))]
 
 
 def _cumulative(priors: np.ndarray, remaining: Sequence[int]) -> list[list[float]]:
@@ -201,7 +235,7 @@ def _classes_per_client(available: np.ndarray, settings: PartitionConfig, rng: n
 
 def _iid(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
     labels = rng.permutation(np.repeat(np.arange(len(available)), available))
-    parts = np.array_split(labels, settings.nodes)
+    parts = np.split(labels, _sizes(len(labels), settings, rng).cumsum()[:-1])
     return np.stack([np.bincount(part, minlength=len(available)) for part in parts])
 
 
@@ -231,6 +265,14 @@ def _matched_counts(train_counts: np.ndarray, available: np.ndarray) -> np.ndarr
 
 
 # --- from counts to images ----------------------------------------------------------------------------------------
+
+
+def _check_quantity_skew(settings: PartitionConfig) -> None:
+    if settings.quantity_skew and settings.scheme not in ("balanced-dirichlet", "iid"):
+        raise DataError(
+            f"partition.quantity-skew={settings.quantity_skew} with scheme {settings.scheme!r}, whose sizes follow "
+            f"from its class counts; use scheme 'balanced-dirichlet' or 'iid', or quantity-skew=0"
+        )
 
 
 def _require_images(counts: np.ndarray, settings: PartitionConfig, kind: str) -> None:

@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MessageType, MetricRecord, RecordDict
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from framp_core.codec import decode_update, encode_submodel
+from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
 from framp_core.config import FrampConfig, Scalar
 from framp_core.errors import EngineError, FrampError, ProtocolError
 from framp_core.fingerprint import code_fingerprint
@@ -47,7 +48,7 @@ class ClientUpdate:
         client: who sent it.
         mask: kept positions, bool ``(n,)``.
         delta: trained minus received weights on the kept positions, float32 ``(mask.sum(),)``.
-        prototypes: local prototypes.
+        prototypes: local prototypes; without features (f = 0) from a client that trained a slim network.
         loss: mean training loss.
         examples: number of training images.
     """
@@ -106,10 +107,16 @@ class SubmodelStrategy(Strategy):
 
     Everything else (bytes, events, refusals, evaluation, fingerprints) is shared.
 
+    A method whose masks keep whole channels (:mod:`framp_core.structured`) sets the class attribute ``slim``: the
+    selected channels then travel in place of a mask and the client trains a physically smaller network, whose
+    features have another width, so that prototypes go neither down nor up.
+
     Args:
         config: the run's configuration.
         run: where events and results are written.
     """
+
+    slim: ClassVar[bool] = False
 
     def __init__(self, config: FrampConfig, run: RunFolder) -> None:
         self.config = config
@@ -311,12 +318,17 @@ class SubmodelStrategy(Strategy):
         evaluation = message_type == MessageType.EVALUATE
         theta = self.generate(client, evaluation=evaluation)
         mask = self.extract(theta, client, server_round)
-        encoded = encode_submodel(theta[mask], mask, prototypes, self.layout, self.config.wire.values)
+        encoded = self._encode(theta[mask], mask, prototypes)
         extra = {} if evaluation else self.train_instructions(client, server_round)
         instruction = self._instruction(server_round, **{**config, "final": final, **extra})
         content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
         return Outgoing(message, client, np.packbits(mask), encoded.parts)
+
+    def _encode(self, theta_kept: np.ndarray, mask: np.ndarray, prototypes: Prototypes | None) -> Encoded:
+        if self.slim:
+            return encode_slim(theta_kept, mask, self.layout, self.config.wire.values)
+        return encode_submodel(theta_kept, mask, prototypes, self.layout, self.config.wire.values)
 
     def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
@@ -333,7 +345,8 @@ class SubmodelStrategy(Strategy):
         if not math.isfinite(loss) or examples < 1:
             raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
         mask = sent.mask(self.layout.size)
-        update = decode_update(blob, self.layout, mask, self._classes, self._feature_size)  # type: ignore[arg-type]
+        feature_size = 0 if self.slim else self._feature_size
+        update = decode_update(blob, self.layout, mask, self._classes, feature_size)  # type: ignore[arg-type]
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)

@@ -3,6 +3,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ from torch import nn
 from framp_core.codec import (
     PROTOCOL_VERSION,
     Encoded,
+    SlimSubmodel,
     Submodel,
     Update,
     decode_descriptor,
+    decode_slim,
     decode_submodel,
     decode_update,
     encode_descriptor,
     encode_mask,
+    encode_slim,
     encode_submodel,
     encode_update,
+    is_slim,
 )
 from framp_core.codec.messages import MAX_DESCRIPTOR_SIZE
 from framp_core.config import ModelConfig
@@ -36,6 +41,7 @@ from framp_core.errors import (
 from framp_core.layout import ParameterLayout
 from framp_core.models import build_model
 from framp_core.prototypes import Prototypes
+from framp_core.structured import by_group, channel_mask, held_classes, kept_channels, kept_sizes, window
 
 LAYOUT = ParameterLayout.of(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)))
 CLASSES, FEATURES, KEPT = 5, 3, 17
@@ -64,6 +70,12 @@ VALUES = make_values(MASK)
 SUBMODEL = encode_submodel(VALUES, MASK, make_prototypes(), LAYOUT, "float32")
 UPDATE = encode_update(VALUES, make_prototypes(), LAYOUT, MASK, "int8")
 DESCRIPTOR = encode_descriptor(np.array([0.6, -0.8], np.float32))
+SLICEABLE = ParameterLayout.of(build_model(ModelConfig(widths=(4, 8), groups=2), (1, 4, 4), CLASSES))
+CAPACITY = Fraction(1, 4)
+SELECTION = window(SLICEABLE, CAPACITY, shift=3)
+SLIM_MASK = channel_mask(SLICEABLE, SELECTION)
+SLIM_VALUES = make_values(SLIM_MASK)
+SLIM = encode_slim(SLIM_VALUES, SLIM_MASK, SLICEABLE, "float32")
 
 
 def read_submodel(blob: bytes) -> Submodel:
@@ -74,10 +86,15 @@ def read_update(blob: bytes) -> Update:
     return decode_update(blob, LAYOUT, MASK, CLASSES, FEATURES)
 
 
+def read_slim(blob: bytes) -> SlimSubmodel:
+    return decode_slim(blob, SLICEABLE, CAPACITY)
+
+
 MESSAGES: dict[str, tuple[Encoded, Callable[[bytes], object]]] = {
     "submodel": (SUBMODEL, read_submodel),
     "update": (UPDATE, read_update),
     "descriptor": (DESCRIPTOR, decode_descriptor),
+    "slim": (SLIM, read_slim),
 }
 every_message = pytest.mark.parametrize(("encoded", "read"), MESSAGES.values(), ids=MESSAGES)
 
@@ -117,6 +134,12 @@ def assert_valid(result: object) -> None:
         assert result.ndim == 1
         assert 1 <= result.size <= MAX_DESCRIPTOR_SIZE
         assert np.isfinite(result).all()
+        return
+    if isinstance(result, SlimSubmodel):
+        counts = [(kept.sum(), kept.size) for kept in by_group(SLICEABLE, result.selection).values()]
+        assert all(kept == kept_channels(channels, CAPACITY) for kept, channels in counts)
+        assert result.values.shape == (sum(kept_sizes(SLICEABLE, result.selection)),)
+        assert np.isfinite(result.values).all()
         return
     values, mask = (result.values, result.mask) if isinstance(result, Submodel) else (result.delta_kept, MASK)
     assert mask.shape == (LAYOUT.size,)
@@ -177,6 +200,42 @@ def test_descriptor_round_trip():
     assert vector.tolist() == np.array([0.6, -0.8], np.float32).tolist()
 
 
+@pytest.mark.parametrize("value_format", FORMATS)
+@pytest.mark.parametrize("capacity", [Fraction(1, 64), Fraction(1, 4), Fraction(1)])
+def test_slim_submodel_round_trip(capacity, value_format):
+    for shift in range(9):
+        selection = window(SLICEABLE, capacity, shift)
+        mask = channel_mask(SLICEABLE, selection)
+        values = make_values(mask, shift)
+        slim = decode_slim(encode_slim(values, mask, SLICEABLE, value_format).blob, SLICEABLE, capacity)
+        assert np.array_equal(slim.selection, selection)
+        step = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 254}[value_format]
+        assert np.abs(slim.values - values).max() <= step * np.abs(values).max() * 1.001
+
+
+def test_header_says_which_messages_are_slim():
+    assert {kind: is_slim(encoded.blob) for kind, (encoded, _) in MESSAGES.items()} == {
+        kind: kind == "slim" for kind in MESSAGES
+    }
+    with pytest.raises(TruncatedMessageError):
+        is_slim(b"FRMP")
+    with pytest.raises(ProtocolError, match="not a FRAMP message"):
+        is_slim(b"XXXX" + SLIM.blob[4:])
+
+
+def test_update_of_a_slim_client_carries_its_classes_without_features():
+    """The client writes with the slim network's layout and an all-ones mask, the server reads with its own mask."""
+    slim = ParameterLayout.of(build_model(ModelConfig(widths=(4, 8), groups=2), (1, 4, 4), CLASSES, (2, 4)))
+    held = held_classes(np.array([0, 7, 0, 1, 0]))
+    encoded = encode_update(SLIM_VALUES, held, slim, np.ones(slim.size, bool), "float32")
+    assert encoded.parts["prototypes"] == 4 + 2 * (4 + 4)
+    update = decode_update(encoded.blob, SLICEABLE, SLIM_MASK, CLASSES, feature_size=0)
+    assert np.array_equal(update.delta_kept, SLIM_VALUES)
+    assert_same_prototypes(update.prototypes, held)
+    with pytest.raises(ProtocolError, match="0 features"):
+        decode_update(UPDATE.blob, LAYOUT, MASK, CLASSES, feature_size=0)
+
+
 @every_message
 def test_parts_account_for_every_byte(encoded, read):
     assert sum(encoded.parts.values()) == len(encoded.blob)
@@ -194,6 +253,9 @@ def test_part_sizes_are_those_of_the_contents():
         "prototypes": prototypes,
         "framing": 19,
     }
+    channels = len(encode_mask(SELECTION))
+    assert channels <= 1 + 2  # 12 channels as bits
+    assert SLIM.parts == {"values": 4 * SLIM_VALUES.size, "mask": channels, "framing": 19}
     assert DESCRIPTOR.parts == {"descriptor": 8, "framing": 15}
 
 
@@ -289,6 +351,32 @@ def test_mask_and_values_must_fit_together():
         decode_submodel(SUBMODEL.blob, larger, CLASSES, FEATURES)
 
 
+def test_slim_submodels_of_another_width_are_refused():
+    for capacity, holds in ((Fraction(1, 16), 1), (Fraction(1), 4)):
+        with pytest.raises(MaskMismatchError, match=f"keeps 2 of the 4 channels of features.0 .* holds {holds}"):
+            decode_slim(SLIM.blob, SLICEABLE, capacity)
+    moved = SELECTION.copy()
+    moved[[0, 1]] = moved[[1, 0]]  # as many channels of each group, others
+    assert np.array_equal(read_slim(rebuilt(SLIM, "mask", encode_mask(moved))).selection, moved)
+    across = ~moved  # 2 of 4 and 4 of 8 as well
+    across[[np.flatnonzero(across[:4])[0], 4 + np.flatnonzero(~across[4:])[0]]] ^= True
+    with pytest.raises(MaskMismatchError, match="keeps 1 of the 4 channels"):
+        read_slim(rebuilt(SLIM, "mask", encode_mask(across)))
+    with pytest.raises(MaskMismatchError, match="kept weights"):
+        read_slim(rebuilt(SLIM, "values", bytes(4 * (SLIM_VALUES.size - 1))))
+
+
+def test_slim_encoder_refuses_masks_of_single_weights():
+    mask = SLIM_MASK.copy()
+    mask[np.flatnonzero(mask)[3]] = False
+    with pytest.raises(MaskMismatchError, match="whole channels"):
+        encode_slim(make_values(mask), mask, SLICEABLE, "float32")
+    with pytest.raises(MaskMismatchError, match="keeps"):
+        encode_slim(SLIM_VALUES[1:], SLIM_MASK, SLICEABLE, "float32")
+    with pytest.raises(MaskMismatchError, match="shape"):
+        encode_slim(SLIM_VALUES, SLIM_MASK[1:], SLICEABLE, "float32")
+
+
 def test_encoders_refuse_what_does_not_fit():
     with pytest.raises(MaskMismatchError, match="keeps"):
         encode_submodel(VALUES[1:], MASK, None, LAYOUT, "float32")
@@ -313,6 +401,10 @@ def test_non_finite_numbers_are_refused_by_the_receiver(bad, value_format):
         read_submodel(encode_submodel(poisoned, MASK, None, LAYOUT, value_format).blob)
     with pytest.raises(NonFiniteError, match="values"):
         read_update(encode_update(poisoned, None, LAYOUT, MASK, value_format).blob)
+    slim = SLIM_VALUES.copy()
+    slim[3] = bad
+    with pytest.raises(NonFiniteError, match="values"):
+        read_slim(encode_slim(slim, SLIM_MASK, SLICEABLE, value_format).blob)
     with pytest.raises(NonFiniteError, match="descriptor"):
         decode_descriptor(encode_descriptor(np.array([1, bad], np.float32)).blob)
     prototypes = make_prototypes()

@@ -1,3 +1,8 @@
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -7,12 +12,21 @@ import torch
 from framp_core.config import FrampConfig
 from framp_core.data import LabelledImages, load_client, load_images, load_partition, summarise_data
 from framp_core.data.inspect import shares_text
+from framp_core.data.shift import TRANSFORMS
 from framp_core.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return FrampConfig.from_flat({"data.cache": str(tmp_path_factory.mktemp("cache")), "seed": 5})
+
+
+def shifted(config, **values):
+    return config.model_copy(update={"partition": config.partition.model_copy(update=values)})
+
+
+def everything(images):
+    return images.batch(np.arange(len(images)))
 
 
 def test_batches_index_into_the_selection():
@@ -64,6 +78,117 @@ def test_the_union_is_the_test_data_of_the_training_clients_in_random_order(conf
     assert not np.array_equal(union.indices, expected)
 
 
+@pytest.mark.parametrize("clusters", [0, 3])
+def test_all_images_of_a_client_go_through_the_transform_of_the_manifest(config, clusters):
+    asked = shifted(config, feature_shift="mixed", feature_shift_clusters=clusters)
+    images, partition = load_partition(asked, 24)
+    manifest = json.loads(json.dumps(partition.manifest()))
+    for index, entry in enumerate(manifest["clients"]):
+        client = load_client(asked, index, 24)
+        label = entry["feature_shift"]
+        assert label.pop("cluster") in range(clusters or 24)
+        transform = TRANSFORMS[label.pop("kind")](**label)
+        for kind, pool in (("train", "train"), ("validation", "train"), ("test", "test")):
+            pixels, labels = everything(getattr(client, kind))
+            original = torch.from_numpy(getattr(images, f"{pool}_images")[entry[kind]])
+            assert torch.equal(pixels, transform(original))
+            np.testing.assert_array_equal(labels, getattr(images, f"{pool}_labels")[entry[kind]])
+
+
+def test_the_union_shows_each_image_as_its_owner_sees_it(config):
+    asked = shifted(config, feature_shift="mixed", concept_shift_clusters=3)
+    clients = [load_client(asked, index, 24) for index in range(24)]
+    own = {}
+    for client in clients:
+        for index, pixels, label in zip(client.test.indices, *everything(client.test), strict=True):
+            own[index] = pixels, label
+    union = clients[3].union_test
+    plain = everything(load_client(config, 3, 24).union_test)
+    pixels, labels = everything(union)
+    for index, image, label in zip(union.indices, pixels, labels, strict=True):
+        # Not always bit for bit: how sums are ordered may depend on the batch.
+        assert (image.int() - own[index][0].int()).abs().max() <= 1
+        assert label == own[index][1]
+    assert (labels == torch.from_numpy(union.selected_labels)).all()
+    assert not torch.equal(pixels, plain[0])
+    assert 0.1 < (labels == plain[1]).float().mean() < 0.9
+    first = replace(union, indices=union.indices[:40])
+    assert (everything(first)[0].int() - pixels[:40].int()).abs().max() <= 1
+    assert torch.equal(everything(first)[1], labels[:40])
+
+
+def test_concept_shift_renames_the_classes_of_a_client_everywhere(config):
+    asked = shifted(config, concept_shift_clusters=3)
+    _, partition = load_partition(asked, 24)
+    moved = 0
+    for index, split in enumerate(partition.clients):
+        plain, client = load_client(config, index, 24), load_client(asked, index, 24)
+        renamed = np.array(split.concept_shift.labels)
+        for kind in ("train", "validation", "test"):
+            ours, theirs = getattr(client, kind), getattr(plain, kind)
+            np.testing.assert_array_equal(ours.selected_labels, renamed[theirs.selected_labels])
+            np.testing.assert_array_equal(everything(ours)[1], ours.selected_labels)
+            assert torch.equal(everything(ours)[0], everything(theirs)[0])
+        np.testing.assert_array_equal(client.class_counts()[renamed], plain.class_counts())
+        moved += not np.array_equal(client.class_counts(), plain.class_counts())
+    assert moved == sum(split.concept_shift.cluster > 0 for split in partition.clients) == 16
+
+
+def test_without_shifts_nothing_lies_between_the_pool_and_the_batch(config):
+    client = load_client(config, 2, 24)
+    images, partition = load_partition(config, 24)
+    assert client.train.shift is client.test.shift is client.union_test.shift is None
+    np.testing.assert_array_equal(client.train.labels, images.train_labels)
+    alone = load_client(shifted(config, concept_shift_clusters=1), 2, 24)
+    np.testing.assert_array_equal(alone.train.labels, client.train.labels)
+    assert not any("shift" in key for split in partition.clients for key in split.to_dict())
+
+
+def test_the_shifts_compose_and_leave_the_split_alone(config):
+    asked = shifted(config, feature_shift="rotation", feature_shift_clusters=4, concept_shift_clusters=2)
+    digests = {load_client(config, 0, 24).partition_digest}
+    for values in (
+        {"feature_shift": "rotation", "feature_shift_clusters": 4},
+        {"feature_shift": "rotation"},
+        {"feature_shift": "blur"},
+        {"concept_shift_clusters": 2},
+        {"concept_shift_clusters": 3},
+    ):
+        digests.add(load_client(shifted(config, **values), 0, 24).partition_digest)
+    digests.add(load_client(asked, 0, 24).partition_digest)
+    assert len(digests) == 7
+    plain = load_partition(config, 24)[1]
+    for ours, theirs in zip(load_partition(asked, 24)[1].clients, plain.clients, strict=True):
+        for kind in ("train", "validation", "test"):
+            np.testing.assert_array_equal(getattr(ours, kind), getattr(theirs, kind))
+        assert ours.capacity == theirs.capacity
+
+
+PRINT_CLIENT = """
+import hashlib, sys
+import numpy as np
+from framp_core.config import FrampConfig
+from framp_core.data import load_client
+config = FrampConfig.from_flat(dict(pair.split("=") for pair in sys.argv[1:]))
+client = load_client(config, 7, 24)
+print(client.partition_digest)
+for images in (client.train, client.union_test):
+    for part in images.batch(np.arange(len(images))):
+        print(hashlib.sha256(part.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_another_process_sees_the_same_shifted_images(config):
+    asked = shifted(config, feature_shift="mixed", feature_shift_clusters=5, concept_shift_clusters=2)
+    flat = [f"{key}={value}" for key, value in asked.to_flat().items() if str(value) not in ("True", "False")]
+    other = subprocess.run([sys.executable, "-c", PRINT_CLIENT, *flat], capture_output=True, text=True, check=True)
+    client = load_client(asked, 7, 24)
+    expected = [client.partition_digest]
+    for images in (client.train, client.union_test):
+        expected += [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in everything(images)]
+    assert other.stdout.split() == expected
+
+
 def test_another_number_of_nodes_keeps_the_ratio_of_unseen_clients(config):
     clients = [load_client(config, index, 12) for index in range(12)]
     assert [client.role for client in clients] == ["train"] * 10 + ["unseen"] * 2
@@ -105,6 +230,33 @@ def test_the_summary_states_what_the_clients_hold(config):
     assert facts["image"] == "8x8, grey"
     assert facts["train images"] == f"{len(images.train_labels)} ({counts.min()} to {counts.max()} per class)"
     assert facts["channel mean"] == f"{(images.train_images / 255).mean():.4f}"
+    assert not any("shift" in fact or "skew" in fact for fact in facts)
+    assert {row.feature_shift + row.concept_shift for row in summary.clients} == {""}
+
+
+def test_the_summary_states_the_shifts(config):
+    values = {"feature_shift": "rotation", "feature_shift_clusters": 4, "concept_shift_clusters": 2}
+    asked = shifted(config, **values, quantity_skew=0.5)
+    summary = summarise_data(asked)
+    facts = {row["fact"]: row["value"] for row in summary.facts}
+    assert facts["feature shift"] == "rotation, 4 clusters"
+    assert facts["feature cluster 1"] == "rotation, degrees 90.0; 6 clients"
+    splits = load_partition(asked, 24)[1].clients
+    (renamed,) = {split.concept_shift.labels for split in splits if split.concept_shift.cluster == 1}
+    moved = sum(renamed[label] != label for label in range(10))
+    assert facts["concept shift"] == "2 clusters"
+    assert facts["concept cluster 0"] == "0 of 10 labels moved; 12 clients"
+    assert facts["concept cluster 1"] == f"{moved} of 10 labels moved; 12 clients"
+    sizes = [len(split.train) + len(split.validation) for split in splits]
+    assert facts["quantity skew"] == f"0.5 ({min(sizes)} to {max(sizes)} images per client)"
+    for index, (row, split) in enumerate(zip(summary.clients, splits, strict=True)):
+        cluster = split.feature_shift.cluster
+        assert row.feature_shift == f"cluster {cluster}: rotation, degrees {90.0 * cluster}"
+        assert row.concept_shift.startswith(f"cluster {split.concept_shift.cluster}: ")
+        assert row.class_counts == tuple(load_client(asked, index, 24).class_counts())
+    own = summarise_data(shifted(config, feature_shift="blur"))
+    assert {"fact": "feature shift", "value": "blur, one per client"} in own.facts
+    assert own.clients[3].feature_shift.startswith("cluster 3: blur, sigma 0.0")
 
 
 @pytest.mark.parametrize(

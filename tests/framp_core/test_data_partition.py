@@ -8,7 +8,14 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from framp_core.config import FrampConfig
-from framp_core.data.partition import ClientSplit, Partition, _matched_counts, largest_remainder, make_partition
+from framp_core.data.partition import (
+    ClientSplit,
+    Partition,
+    _matched_counts,
+    _turns,
+    largest_remainder,
+    make_partition,
+)
 from framp_core.errors import DataError
 
 SCHEMES = ["balanced-dirichlet", "dirichlet", "classes-per-client", "iid"]
@@ -311,6 +318,101 @@ def test_the_manifest_rebuilds_the_split():
     for section in ("partition", "capacity"):
         flat |= {f"{section}.{key}": value for key, value in manifest[section].items()}
     assert make_partition(FrampConfig.from_flat(flat), train, test, 4).digest == manifest["digest"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(problems())
+def test_without_shifts_the_digest_is_that_of_the_indices_alone(problem):
+    partition = made(problem)
+    clients = [
+        {
+            "name": client.name,
+            "role": client.role,
+            "capacity": str(client.capacity),
+            "train": client.train.tolist(),
+            "validation": client.validation.tolist(),
+            "test": client.test.tolist(),
+        }
+        for client in partition.clients
+    ]
+    content = {"labels_digest": partition.labels_digest, "clients": clients}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == partition.digest
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+def test_clients_take_turns(sizes):
+    left, expected = list(sizes), []
+    while any(left):
+        for client, remaining in enumerate(left):
+            if remaining:
+                expected.append(client)
+                left[client] -= 1
+    assert _turns(np.array(sizes)).tolist() == expected
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(problems(schemes=["balanced-dirichlet", "iid"]), st.sampled_from([0.3, 1.0, 3.0, 1000.0]))
+def test_skewed_sizes_use_every_image_and_leave_nobody_without(problem, skew):
+    settings_, train_labels, test_labels, classes = problem
+    skewed = settings_.model_copy(update={"partition": settings_.partition.model_copy(update={"quantity_skew": skew})})
+    try:
+        partition = make_partition(skewed, train_labels, test_labels, classes)
+    except DataError:
+        assert settings_.partition.test_split == "matched" or settings_.partition.nodes > len(test_labels)
+        return
+    sizes = training_counts(partition, train_labels, classes).sum(axis=1)
+    assert sizes.sum() == len(train_labels)
+    assert sizes.min() >= 1
+    assert sum(len(client.test) for client in partition.clients) == len(test_labels)
+
+
+@pytest.mark.parametrize("scheme", ["balanced-dirichlet", "iid"])
+def test_skewed_sizes_are_log_normal(scheme):
+    train, test = shuffled_labels([4000] * 5, 0), shuffled_labels([1000] * 5, 1)
+    spread = {}
+    for skew in (0.0, 0.5, 1.0):
+        asked = config(clients=200, unseen_clients=0, scheme=scheme, alpha=100.0, quantity_skew=skew)
+        counts = training_counts(make_partition(asked, train, test, 5), train, 5)
+        spread[skew] = np.log(counts.sum(axis=1)).std()
+    assert spread[0.0] < 1e-12
+    # The estimate from 200 clients has a standard error of 5 %; the image that everybody gets shrinks it a little.
+    assert spread[0.5] == pytest.approx(0.5, rel=0.15)
+    assert spread[1.0] == pytest.approx(1.0, rel=0.15)
+
+
+@pytest.mark.parametrize("scheme", ["dirichlet", "classes-per-client"])
+def test_quantity_skew_is_refused_where_sizes_follow_from_the_scheme(scheme):
+    labels = shuffled_labels([50] * 4, 0)
+    with pytest.raises(DataError, match=f"quantity-skew=0.5 with scheme '{scheme}'.*balanced-dirichlet"):
+        make_partition(config(clients=4, scheme=scheme, quantity_skew=0.5), labels, labels, 4)
+
+
+def test_shifts_are_in_the_manifest_and_rebuild_it():
+    train, test = shuffled_labels([30] * 4, 0), shuffled_labels([10] * 4, 1)
+    asked = config(
+        clients=5,
+        unseen_clients=2,
+        seed=3,
+        feature_shift="colour",
+        feature_shift_clusters=2,
+        concept_shift_clusters=3,
+        quantity_skew=0.4,
+    )
+    manifest = json.loads(json.dumps(make_partition(asked, train, test, 4).manifest()))
+    flat = {"seed": manifest["seed"]}
+    for section in ("partition", "capacity"):
+        flat |= {f"{section}.{key}": value for key, value in manifest[section].items()}
+    assert make_partition(FrampConfig.from_flat(flat), train, test, 4).digest == manifest["digest"]
+    for client in manifest["clients"]:
+        assert set(client["feature_shift"]) == {
+            *("cluster", "kind", "order", "gain_red", "gain_green", "gain_blue", "negative")
+        }
+        assert sorted(client["concept_shift"]["labels"]) == [0, 1, 2, 3]
+    content = {key: manifest[key] for key in ("labels_digest", "clients")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
 
 
 def test_a_client_without_images_is_refused_with_advice():

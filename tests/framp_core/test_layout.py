@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from framp_core.layout import ParameterLayout
+from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout
 
 
 def small_network() -> nn.Module:
@@ -74,3 +74,19 @@ def test_copies_of_a_network_share_its_layout():
 def test_kept_is_the_floor(numerator):
     layout = ParameterLayout.of(small_network())
     assert layout.kept(numerator / 64) == (numerator * 188) // 64
+
+
+def test_couplings_of_a_network_by_hand():
+    model = small_network()
+    assert ParameterLayout.of(model).hidden == {}
+    model.couplings = {"0": Coupling("stem"), "1": Coupling("stem"), "3": Coupling(CLASSES, "stem")}
+    layout = ParameterLayout.of(model)
+    assert [slot.coupling for slot in layout.slots] == [
+        Coupling("stem", INPUT),
+        Coupling("stem"),
+        Coupling("stem"),
+        Coupling(CLASSES, "stem"),
+        Coupling(CLASSES, "stem"),
+    ]
+    assert layout.hidden == {"stem": 4}
+    assert layout.hidden_size == 4

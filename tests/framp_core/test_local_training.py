@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -20,6 +21,7 @@ from framp_core.local_training import (
     client_prototypes,
     evaluate,
     log_prior,
+    no_prototypes,
     penultimate_features,
     resolve_device,
     train_locally,
@@ -150,6 +152,49 @@ def test_prior_strength_zero_is_plain_cross_entropy() -> None:
     assert not np.array_equal(train(adjusted).delta, expected)
 
 
+MASKED: dict[str, Scalar] = {"local.masked-cross-entropy": True, "local.prior-strength": 0}
+
+
+def test_masked_cross_entropy_counts_absent_classes_with_a_logit_of_zero() -> None:
+    config = config_of(**MASKED, **{"local.learning-rate": 1e-12})  # so that each loss is that of the initial network
+    data, network = some_client(), build_model(config.model, SHAPE, CLASSES)
+    vector_to_parameters(torch.from_numpy(initial(config)), network.parameters())
+    losses = []
+    for positions in batch_positions(13, 5, config.local.steps, np.random.default_rng(7)):
+        images, labels = data.train.batch(positions)
+        rows = network(data.normaliser(images))[0].tolist()
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            logits = [logit if held in HELD else 0.0 for held, logit in enumerate(row)]
+            losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[label])
+    assert train(config).loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    plain = config_of(**{"local.prior-strength": 0, "local.learning-rate": 1e-12})
+    assert train(plain).loss != pytest.approx(train(config).loss, rel=1e-3)
+
+
+def test_masked_cross_entropy_leaves_the_rows_of_absent_classes_alone() -> None:
+    def head_movement(config: FrampConfig) -> np.ndarray:
+        weight, bias = flat_model(config).layout.split(torch.from_numpy(train(config).delta))[-2:]
+        return np.abs(np.column_stack([weight.numpy(), bias.numpy()])).max(axis=1)
+
+    assert (head_movement(config_of(**MASKED)) > 0).tolist() == [held in HELD for held in range(CLASSES)]
+    assert (head_movement(config_of(**{"local.prior-strength": 0})) > 0).all()
+
+
+def test_masked_cross_entropy_of_a_client_with_all_classes_is_plain() -> None:
+    complete = replace(some_client(), train=replace(some_images(13), labels=np.arange(26) % CLASSES))
+    assert complete.class_counts().all()
+
+    def delta(data: ClientData, **values: Scalar) -> np.ndarray:
+        config = config_of(**values)
+        return train_locally(
+            flat_model(config), initial(config), None, data, config, np.random.default_rng(7), None
+        ).delta
+
+    plain: dict[str, Scalar] = {"local.prior-strength": 0}
+    np.testing.assert_array_equal(delta(complete, **MASKED), delta(complete, **plain))
+    assert not np.array_equal(delta(some_client(), **MASKED), delta(some_client(), **plain))
+
+
 @pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.1)])
 def test_dropped_weights_stay_zero_and_kept_ones_move(momentum: float, decay: float) -> None:
     config = config_of(local__momentum=momentum, **{"local.weight-decay": decay})
@@ -189,7 +234,8 @@ def test_alignment_weight_zero_ignores_the_prototypes() -> None:
 
 def test_prototypes_of_no_class_are_no_prototypes() -> None:
     config = config_of(**{"local.alignment-weight": 0.5})
-    none = Prototypes(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 6), np.float32))
+    none = no_prototypes(flat_model(config))
+    assert none.means.shape == (0, 6)
     np.testing.assert_array_equal(train(config, prototypes=none).delta, train(config).delta)
 
 

@@ -8,8 +8,8 @@ from torch.nn.utils import parameters_to_vector
 
 from framp_core.config import ModelConfig
 from framp_core.errors import ModelError
-from framp_core.layout import ParameterLayout
-from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.layout import CLASSES, INPUT, ParameterLayout
+from framp_core.models import FlatModel, build_model, initial_parameters, slim_groups
 
 RESNET18 = ModelConfig(name="resnet18", widths=(64, 128, 256, 512))
 TINY = {
@@ -139,3 +139,76 @@ def test_every_normalisation_is_group_norm():
         layer for layer in build_model(TINY["resnet18"], (3, 8, 8), 5).modules() if isinstance(layer, nn.GroupNorm)
     ]
     assert len(norms) == 1 + 8 * 2 + 3
+
+
+def couplings(config: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Groups of rows and columns of every weight of more than one dimension."""
+    slots = ParameterLayout.of(build_model(config, (3, 8, 8), 5)).slots
+    return {
+        slot.name.removesuffix(".weight"): (slot.coupling.rows, slot.coupling.columns)
+        for slot in slots
+        if len(slot.shape) > 1
+    }
+
+
+def test_couplings_of_conv_and_mlp_are_chains():
+    assert couplings(TINY["conv"]) == {
+        "features.0": ("features.0", INPUT),
+        "features.4": ("features.4", "features.0"),
+        "head": (CLASSES, "features.4"),
+    }
+    assert couplings(TINY["mlp"]) == {
+        "features.1": ("features.1", INPUT),
+        "features.3": ("features.3", "features.1"),
+        "head": (CLASSES, "features.3"),
+    }
+
+
+def test_identity_shortcuts_of_resnet18_tie_the_blocks_of_a_stage():
+    """Stem and both blocks of stage 1 write one sum; every later stage opens one with its 1x1 shortcut."""
+    found, stem = couplings(TINY["resnet18"]), "features.0"
+    stages = [stem, "features.5.output", "features.7.output", "features.9.output"]
+    for number, block in enumerate(range(3, 11)):
+        path, output = f"features.{block}", stages[number // 2]
+        inputs = stages[(number - 1) // 2] if number else stem
+        assert found.pop(f"{path}.conv1") == (f"{path}.hidden", inputs)
+        assert found.pop(f"{path}.conv2") == (output, f"{path}.hidden")
+        if number % 2 == 0 and number:
+            assert found.pop(f"{path}.shortcut.0") == (output, inputs)
+    assert found == {stem: (stem, INPUT), "head": (CLASSES, stages[-1])}
+
+
+@pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+def test_every_parameter_is_coupled_to_groups_of_its_size(config):
+    layout = ParameterLayout.of(build_model(config, (3, 8, 8), 5))
+    sizes = {**layout.hidden, CLASSES: 5, INPUT: 3 * 8 * 8 if config.name == "mlp" else 3}
+    for slot in layout.slots:
+        groups = (slot.coupling.rows, slot.coupling.columns)[: len(slot.shape)]
+        assert [sizes[group] for group in groups] == list(slot.shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("channels", "kept", "groups", "expected"),
+    [
+        (16, 16, 8, 8),
+        (16, 4, 8, 2),
+        (16, 2, 8, 1),
+        (64, 8, 8, 1),
+        (64, 4, 8, 1),
+        (12, 9, 4, 3),
+        (12, 7, 4, 1),
+        (6, 4, 6, 4),
+    ],
+)
+def test_slim_groups_keep_the_channels_per_group_where_they_can(channels, kept, groups, expected):
+    """12 in 4 groups are 3 each: 9 make 3 groups; of 7, two groups would be uneven, so 1."""
+    assert slim_groups(channels, kept, groups) == expected
+
+
+def test_slim_networks_have_the_widths_that_are_left():
+    model = build_model(TINY["resnet18"], (3, 8, 8), 5, (2, 2, 3, 3))
+    norms = [(layer.num_channels, layer.num_groups) for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
+    first, with_shortcut = 4, 4 + 1  # norms of a stage
+    assert norms == [(2, 1)] * (1 + first + with_shortcut) + [(3, 1)] * (2 * with_shortcut)
+    assert model.feature_size == 3
+    assert model(images(2, 3, 8, 8))[0].shape == (2, 5)

@@ -1,0 +1,5 @@
+"""``python -m framp``: the ``framp`` command."""
+
+from framp.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""A comparison from its runs to its report."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from framp.compare.plan import Comparison
+from framp.compare.report import write_comparison, write_tuning
+from framp.compare.results import Results
+from framp.compare.runner import Failure, execute
+from framp.compare.tuning import TuningPlan, tune
+from framp_core.errors import EngineError, RunFolderError
+
+
+def compare_methods(comparison: Comparison, plan: TuningPlan | None, workers: int | None, console: Console) -> Path:
+    """Do what is missing of a comparison, and write its tables and figures.
+
+    Args:
+        comparison: what is compared.
+        plan: how learning rates are chosen; None: they stay as configured.
+        workers: runs at a time; None: one per core.
+        console: where progress and tables are shown.
+
+    Returns:
+        The path of comparison.md.
+
+    Raises:
+        ConfigError: the settings of a run are invalid; then nothing is started.
+        RunFolderError: a run's folder holds something else, or another process works on this comparison.
+        EngineError: runs failed; what the others gave is written all the same.
+    """
+    comparison.runs()
+    with _alone(comparison.out):
+        tuning = tune(comparison, plan, workers, console) if plan else None
+        failures = list(tuning.failures) if tuning else []
+        if tuning:
+            write_tuning(comparison, tuning)
+        runs = comparison.runs(tuning.chosen if tuning else None)
+        failures += execute(runs, workers, console)
+        if not failures or any(run.is_finished() for run in runs):
+            written = write_comparison(comparison, Results.read(runs), tuning, failures, console)
+    _raise_for(failures, comparison.out)
+    return written
+
+
+def _raise_for(failures: Sequence[Failure], out: Path) -> None:
+    if failures:
+        names = ", ".join(failure.run for failure in failures)
+        raise EngineError(
+            f"{len(failures)} runs failed: {names}. Their logs lie beside their folders in {str(out)!r}; "
+            "the same command does them again and keeps the others"
+        )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time: a second one would take the first one's unfinished runs for interrupted ones."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(
+            f"another framp compare works in {str(out)!r}; wait for it, or give another --out"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"{str(out)!r} cannot be written ({error}); give --out a folder that can") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,192 @@
+"""The runs of a comparison: settings, folders, and which of them are finished."""
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from framp_core.config import FrampConfig, Scalar
+from framp_core.errors import ConfigError, RunFolderError
+from framp_core.fingerprint import code_root
+from framp_core.methods import METHODS
+from framp_core.run_folder import SUMMARY, RunFolder
+
+Item = TypeVar("Item")
+
+RUNS = "runs"
+PRESETS = code_root() / "presets"
+LEARNING_RATE = "local.learning-rate"
+OPTIONS = {"seed": "--seeds", "method": "--methods", "output.folder": "--out", "engine.workers": "--workers"}
+"""Keys that the comparison sets itself, and the option that says how."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison.
+
+    Attributes:
+        method: key of :data:`framp_core.methods.METHODS`.
+        config: its effective configuration; ``output.folder`` is its run folder.
+    """
+
+    method: str
+    config: FrampConfig
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(self.config.output.folder)
+
+    @property
+    def name(self) -> str:
+        """Its name in messages, such as ``framp-seed0``."""
+        return self.folder.name
+
+    def is_finished(self) -> bool:
+        """Whether its folder holds this run with its summary; what an interrupted run left does not count.
+
+        Raises:
+            RunFolderError: the folder holds something else, or a run with other settings.
+            ConfigError: the folder's configuration is not one of this version.
+        """
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return False
+        found = RunFolder.open(self.folder)
+        if found.config.digest() != self.config.digest():
+            raise RunFolderError(
+                f"the run in {str(self.folder)!r} has other settings: "
+                f"{'; '.join(differences(found.config, self.config))}. Results are never overwritten: "
+                "ask for the same settings, give --out another folder, or remove this run"
+            )
+        return found.has(SUMMARY)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where it is written.
+
+    Attributes:
+        preset: TOML file, or None for the defaults, which are the digits preset.
+        overrides: flat keys that hold for every method.
+        methods: keys of :data:`framp_core.methods.METHODS`.
+        seeds: one run per method and seed; the seed fixes the partition.
+        out: absolute folder of the comparison.
+        reference: the method that the others are tested against.
+
+    Raises:
+        ConfigError: an unknown or repeated method or seed, fewer than one of either, a reference that is not among
+            the methods, or an override of a key that the comparison sets itself.
+    """
+
+    preset: Path | None
+    overrides: Mapping[str, Scalar]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    reference: str = field(default="")
+
+    def __post_init__(self) -> None:
+        for what, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"--{what} {','.join(map(str, values))!r}: give one or more, each once")
+        for name in (*self.methods, *([self.reference] if self.reference else [])):
+            _check_known(name, METHODS, "method")
+        if not self.reference:
+            object.__setattr__(self, "reference", self.methods[0])
+        if self.reference not in self.methods:
+            raise ConfigError(f"--reference {self.reference} is not among --methods {','.join(self.methods)}")
+        for key in self.overrides:
+            if option := OPTIONS.get(key.replace("_", "-")):
+                raise ConfigError(f"-o {key}=... does not hold for a comparison; use {option}")
+
+    def config(self, method: str, seed: int, folder: Path, learning_rate: float | None = None) -> FrampConfig:
+        """The configuration of one run: the preset, the method's settings on it, the overrides on both.
+
+        Args:
+            method: key of :data:`framp_core.methods.METHODS`.
+            seed: root seed.
+            folder: run folder.
+            learning_rate: of the clients, on top of everything; None leaves it as it is.
+        """
+        own: dict[str, Scalar] = {"seed": seed, "output.folder": str(folder), "engine.workers": 1}
+        tuned: dict[str, Scalar] = {} if learning_rate is None else {LEARNING_RATE: learning_rate}
+        return FrampConfig.load(self.preset, {**METHODS[method].settings, **self.overrides, **tuned, **own})
+
+    def runs(self, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
+        """One run per seed and method, a seed at a time: an early stop leaves whole seeds.
+
+        Args:
+            learning_rates: tuned ones by method, whose methods alone are run; None: all methods, as configured.
+        """
+        methods = self.methods if learning_rates is None else [name for name in self.methods if name in learning_rates]
+        rates = learning_rates or {}
+        return [
+            PlannedRun(name, self.config(name, seed, self.out / RUNS / f"{name}-seed{seed}", rates.get(name)))
+            for seed in self.seeds
+            for name in methods
+        ]
+
+    def replaced(self) -> dict[str, list[str]]:
+        """Overrides that replace what a method's paper fixes, and the methods that each of them changes."""
+        given = {key.replace("_", "-") for key in self.overrides}
+        return {
+            key: touched
+            for key in sorted(given)
+            if (touched := [name for name in self.methods if key in METHODS[name].settings])
+        }
+
+
+def find_preset(name: str) -> Path | None:
+    """The file of a preset that comes with FRAMP; None for ``digits``, which is the defaults.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    found = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    if name == "digits":
+        return None
+    _check_known(name, {"digits": None, **found}, "preset")
+    return found[name]
+
+
+def differences(found: FrampConfig, asked: FrampConfig) -> list[str]:
+    """What differs between two configurations, among the keys that can change numbers."""
+    there, here = _numbers_of(found), _numbers_of(asked)
+    return [f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
+
+
+def usable_workers(workers: int | None, runs: int) -> int:
+    """Processes for so many runs: as asked, or one per core."""
+    return max(1, min(workers or os.cpu_count() or 1, runs))
+
+
+def parse_list(text: str, option: str, kind: Callable[[str], Item]) -> tuple[Item, ...]:
+    """Read a comma-separated option.
+
+    Raises:
+        ConfigError: an item is not of the kind.
+    """
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is not a comma-separated list: {error}") from error
+
+
+def _numbers_of(config: FrampConfig) -> dict[str, Scalar]:
+    """The flat keys that :meth:`framp_core.config.FrampConfig.digest` covers."""
+    aside = ("data.root", "data.cache")
+    return {
+        key: value
+        for key, value in config.to_flat().items()
+        if key not in aside and not key.startswith(("engine.", "output."))
+    }
+
+
+def _check_known(name: str, known: Iterable[str], what: str) -> None:
+    names: Sequence[str] = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"unknown {what} {name!r}{hint} There are: {', '.join(names)}")

@@ -1,0 +1,235 @@
+"""Tables of a comparison: methods below each other, sizes side by side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from framp.compare.results import Results
+from framp.compare.statistics import COLUMNS, PairedTest
+from framp.compare.tuning import Tuning
+from framp_core.methods import METHODS
+from framp_core.metrics import MEAN, Column
+from framp_core.report.figures import POPULATIONS
+from framp_core.report.tables import MISSING, Cell, Table, human_bytes, percent
+
+IGNORES_BUDGET = "†"
+ALL = "All"
+_WIDEST = 500
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("bytes_down", "Down, per client and round", human_bytes),
+    ("bytes_up", "Up, per client and round", human_bytes),
+    ("parameters_held", "Parameters held", lambda count: f"{count:,.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class Titled:
+    """A table under a title.
+
+    Attributes:
+        title: what it shows.
+        table: its cells.
+        best: places (row, column) of cells that stand out.
+    """
+
+    title: str
+    table: Table
+    best: frozenset[tuple[int, int]] = field(default=frozenset())
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """A table for the terminal, as wide as it is: a narrow terminal wraps its lines and loses no number."""
+
+    titled: Titled
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Aligned plain lines, in colour where the terminal has it."""
+        yield from console.render(_rendered(self.titled), options.update(width=_WIDEST))
+
+
+def title(method: str) -> str:
+    """Name of a method in tables and figures, marked if it ignores budgets."""
+    known = METHODS[method]
+    return f"{known.title} {IGNORES_BUDGET}" if known.ignores_budget else known.title
+
+
+def size(capacity: str) -> str:
+    """Heading of a size; ``"Mean"`` for all clients together."""
+    return "Mean" if capacity == MEAN else capacity
+
+
+def accuracy_tables(results: Results) -> list[Titled]:
+    """Local, Union and Unseen by method and size: mean over seeds, ± standard deviation over seeds if there are two.
+
+    The best of the methods that keep to the budget stands out in each column.
+    """
+    return [_accuracy_table(results, column) for column in COLUMNS if _measured(results, column)]
+
+
+def cost_tables(results: Results) -> list[Titled]:
+    """Bytes down, bytes up and parameters held by method and size, mean over seeds."""
+    sizes = [*results.capacities, MEAN]
+
+    def cell(method: str, key: str, capacity: str, shown: Callable[[float], str]) -> Cell:
+        values = results.over_seeds(method, key, capacity)
+        return Cell(shown(fmean(values)) if values else MISSING)
+
+    return [
+        Titled(heading, _by_size(results, sizes, lambda name, each: cell(name, key, each, shown)))  # noqa: B023
+        for key, heading, shown in COSTS
+    ]
+
+
+def difference_tables(results: Results, tests: Sequence[PairedTest]) -> list[Titled]:
+    """Reference minus each method in points by size, with a star where the corrected test is significant."""
+    found = {(test.method, test.column, test.capacity): test for test in tests}
+    sizes = [*results.capacities, MEAN]
+
+    def cell(method: str, column: Column, capacity: str) -> Cell:
+        test = found.get((method, column, capacity))
+        return Cell(MISSING) if test is None else Cell(points(test.difference), "*" if test.significant else "")
+
+    tested = [name for name in results.methods if any(test.method == name for test in tests)]
+    return [
+        Titled(
+            f"{POPULATIONS[column][0]}, difference in points",
+            Table(
+                ("Against", *results.capacities, ALL),
+                tuple((Cell(title(name)), *(cell(name, column, each) for each in sizes)) for name in tested),
+            ),
+        )
+        for column in COLUMNS
+        if any(test.column == column for test in tests)
+    ]
+
+
+def test_table(tests: Sequence[PairedTest]) -> Table:
+    """Every test in full."""
+    headings = ("Against", "Accuracy", "Size", "Pairs", "Difference", "95 % interval", "By seed", "p", "p, Holm")
+    return Table(headings, tuple(_test_row(test) for test in tests), labels=3)
+
+
+def brief_tests(tests: Sequence[PairedTest], reference: str) -> list[Titled]:
+    """The tests on all clients together, a table for each accuracy, narrow enough for a terminal."""
+
+    def row(test: PairedTest) -> tuple[Cell, ...]:
+        against, _, _, pairs, difference, interval, seeds, _, p = _test_row(test)
+        return against, pairs, difference, interval, Cell(seeds.text), p
+
+    found = []
+    for column in COLUMNS:
+        rows = tuple(row(test) for test in tests if test.column == column and test.capacity == MEAN)
+        headings = ("Against", "Pairs", "Diff.", "95 % interval", "By seed", "p, Holm")
+        if rows:
+            found.append(Titled(f"{POPULATIONS[column][0]}, {reference} against the others", Table(headings, rows)))
+    return found
+
+
+def method_table(results: Results, tuning: Tuning | None) -> Table:
+    """The methods: their keys, sources, learning rates, and how many seeds finished."""
+    edge = tuning.at_edge() if tuning else []
+    rows = []
+    for name in results.methods:
+        runs = results.of(name)
+        rates = ", ".join(dict.fromkeys(f"{run.learning_rate:g}" for run in runs))
+        seeds = ", ".join(str(run.seed) for run in runs)
+        cells = (title(name), name, METHODS[name].source, seeds)
+        rows.append((*map(Cell, cells), Cell(rates, "(edge of the grid)" if name in edge else "")))
+    return Table(("Method", "Key", "Source", "Seeds", "Learning rate"), tuple(rows), labels=4)
+
+
+def tuning_table(tuning: Tuning) -> Table:
+    """Mean validation accuracy of every method and learning rate."""
+    rows = tuple(
+        (Cell(title(method)), *(Cell(percent(score)) for score in scores))
+        for method, scores in tuning.validation.items()
+    )
+    return Table(("Method", *(f"{rate:g}" for rate in tuning.plan.grid)), rows)
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies in points, with its sign."""
+    # Plus 0.0 turns -0.0, which rounding makes of small losses, into 0.0.
+    rounded = round(100 * fraction, 1) + 0.0
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value with two digits."""
+    if p is None:
+        return MISSING
+    return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def markdown(table: Table, best: frozenset[tuple[int, int]] = frozenset()) -> str:
+    """A pipe table."""
+    rules = [":--" if number < table.labels else "--:" for number in range(len(table.headings))]
+    lines = [list(table.headings), rules]
+    for number, row in enumerate(table.rows):
+        texts = [f"{cell.text} {cell.detail}".strip().replace("*", r"\*").replace("|", r"\|") for cell in row]
+        lines.append([f"**{text}**" if (number, place) in best else text for place, text in enumerate(texts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rendered(titled: Titled) -> RichTable:
+    table = titled.table
+    shown = RichTable(
+        title=titled.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0),
+        header_style="dim",
+    )  # fmt: skip
+    for number, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if number < table.labels else "right", no_wrap=True)
+    for number, row in enumerate(table.rows):
+        shown.add_row(*(_text(cell, (number, place) in titled.best) for place, cell in enumerate(row)))
+    return shown
+
+
+def _accuracy_table(results: Results, column: Column) -> Titled:
+    sizes = [*results.capacities, MEAN]
+    values = {(name, each): results.over_seeds(name, column, each) for name in results.methods for each in sizes}
+
+    def cell(method: str, capacity: str) -> Cell:
+        over = values[method, capacity]
+        return Cell(percent(fmean(over) if over else None), f"±{100 * stdev(over):.1f}" if len(over) > 1 else "")
+
+    within = [name for name in results.methods if not METHODS[name].ignores_budget]
+    best = set()
+    for place, each in enumerate(sizes, start=1):
+        shown = {name: percent(fmean(over)) for name in within if (over := values[name, each])}
+        highest = max(shown.values(), key=float, default=None)
+        best |= {(results.methods.index(name), place) for name, text in shown.items() if text == highest}
+    table = _by_size(results, sizes, cell)
+    return Titled(f"{POPULATIONS[column][0]} accuracy, %", table, frozenset(best) if len(within) > 1 else frozenset())
+
+
+def _by_size(results: Results, sizes: Sequence[str], cell: Callable[[str, str], Cell]) -> Table:
+    rows = tuple((Cell(title(name)), *(cell(name, each) for each in sizes)) for name in results.methods)
+    return Table(("Method", *map(size, sizes)), rows)
+
+
+def _measured(results: Results, column: Column) -> bool:
+    return any(results.over_seeds(name, column, MEAN) for name in results.methods)
+
+
+def _test_row(test: PairedTest) -> tuple[Cell, ...]:
+    size_shown = ALL if test.capacity == MEAN else test.capacity
+    interval = f"{points(test.low)} to {points(test.high)}"
+    seeds = Cell(points(fmean(test.by_seed)))
+    if len(test.by_seed) > 1:
+        each = ", ".join(map(points, test.by_seed))
+        seeds = Cell(f"{seeds.text} ±{100 * stdev(test.by_seed):.1f}", f"({each})")
+    return (
+        Cell(title(test.method)), Cell(POPULATIONS[test.column][0]), Cell(size_shown), Cell(str(test.pairs)),
+        Cell(points(test.difference)), Cell(interval), seeds, Cell(p_value(test.p)),
+        Cell(p_value(test.p_holm), "*" if test.significant else ""),
+    )  # fmt: skip
+
+
+def _text(cell: Cell, best: bool) -> Text:
+    text = Text(cell.text, style="bold" if best else "")
+    return text.append(f" {cell.detail}", style="dim") if cell.detail else text

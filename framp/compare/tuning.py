@@ -1,0 +1,127 @@
+"""The learning rate of every method, from one grid, by validation accuracy on a seed that no test uses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rich.console import Console
+
+from framp.compare.plan import LEARNING_RATE, Comparison, PlannedRun
+from framp.compare.runner import Failure, execute
+from framp_core.errors import ConfigError
+from framp_core.metrics import MEAN
+from framp_core.run_folder import SUMMARY, RunFolder
+
+FOLDER = "tuning"
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What is tried.
+
+    Attributes:
+        seed: of the tuning runs.
+        grid: learning rates of the clients, ascending.
+    """
+
+    seed: int
+    grid: tuple[float, ...]
+
+    @classmethod
+    def of(cls, comparison: Comparison, grid: Sequence[float], seed: int | None = None) -> Self:
+        """Check what was asked for.
+
+        Args:
+            comparison: what is compared.
+            grid: learning rates in any order.
+            seed: the tuning seed; None: the largest seed of the comparison plus 1000.
+
+        Raises:
+            ConfigError: the seed is one of the comparison's, the grid is empty or names a rate twice, an override
+                sets the learning rate, or the clients have no validation data.
+        """
+        rates = tuple(sorted(grid))
+        seed = max(comparison.seeds) + 1000 if seed is None else seed
+        if not rates or len(set(rates)) < len(rates):
+            raise ConfigError(f"--grid {','.join(f'{rate:g}' for rate in rates)!r}: give one or more rates, each once")
+        if seed in comparison.seeds:
+            raise ConfigError(f"--tuning-seed {seed} is also a test seed; tuning on it would choose by the test")
+        if LEARNING_RATE in {key.replace("_", "-") for key in comparison.overrides}:
+            raise ConfigError(f"--tune chooses {LEARNING_RATE}, and -o sets it; use one of the two")
+        fraction = comparison.config(comparison.methods[0], seed, comparison.out).partition.validation_fraction
+        if fraction == 0:
+            raise ConfigError("--tune needs validation data: partition.validation-fraction is 0; set it, to 0.1 say")
+        return cls(seed, rates)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried and chosen.
+
+    Attributes:
+        plan: grid and seed.
+        validation: method -> mean validation accuracy over training clients, one per learning rate; None for a run
+            that failed.
+        failures: tuning runs that failed.
+    """
+
+    plan: TuningPlan
+    validation: dict[str, tuple[float | None, ...]]
+    failures: tuple[Failure, ...]
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """Learning rate of each method: the best, the smaller of equals; none for a method whose runs all failed."""
+        best = {}
+        for method, scores in self.validation.items():
+            known = [(score, -rate) for score, rate in zip(scores, self.plan.grid, strict=True) if score is not None]
+            if known:
+                best[method] = -max(known)[1]
+        return best
+
+    def at_edge(self) -> list[str]:
+        """Methods whose choice is the smallest or largest of the grid, so that a better one may lie outside."""
+        return [method for method, rate in self.chosen.items() if rate in (self.plan.grid[0], self.plan.grid[-1])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content of tuning.json."""
+        return {
+            "key": LEARNING_RATE,
+            "seed": self.plan.seed,
+            "grid": list(self.plan.grid),
+            "validation": {method: list(scores) for method, scores in self.validation.items()},
+            "chosen": self.chosen,
+        }
+
+
+def tune(comparison: Comparison, plan: TuningPlan, workers: int | None, console: Console) -> Tuning:
+    """Run every method with every learning rate of the plan; finished tuning runs are kept.
+
+    Args:
+        comparison: what is compared.
+        plan: grid and seed.
+        workers: see :func:`framp.compare.runner.execute`.
+        console: where progress is shown.
+
+    Raises:
+        RunFolderError: see :func:`framp.compare.runner.execute`.
+    """
+    keys = [(method, rate) for rate in plan.grid for method in comparison.methods]
+    runs = {(method, rate): _planned(comparison, method, rate, plan.seed) for method, rate in keys}
+    failures = execute(list(runs.values()), workers, console, "tuning")
+    scores = {key: _validation(run) for key, run in runs.items()}
+    validation = {method: tuple(scores[method, rate] for rate in plan.grid) for method in comparison.methods}
+    return Tuning(plan, validation, tuple(failures))
+
+
+def _planned(comparison: Comparison, method: str, rate: float, seed: int) -> PlannedRun:
+    folder = comparison.out / FOLDER / f"{method}-rate{rate:g}"
+    return PlannedRun(method, comparison.config(method, seed, folder, rate))
+
+
+def _validation(run: PlannedRun) -> float | None:
+    if not run.is_finished():
+        return None
+    rows = RunFolder.open(run.folder).json(SUMMARY)["rows"]
+    score: float | None = next(row for row in rows if row["capacity"] == MEAN)["validation"]
+    return score

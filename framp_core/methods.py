@@ -1,0 +1,90 @@
+"""The methods of the comparison: which strategy, and which settings their papers fix.
+
+A method is a strategy and flat configuration keys that lie over a preset and under the user's own overrides. What a
+setting means stands in ``framp_core/config.py``; where it comes from, in each method's ``source``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from framp_core.config import Scalar
+
+Settings = Mapping[str, Scalar]
+
+GLOBAL_MODEL: Settings = {
+    "generator.name": "shared",
+    "server.shared-optimizer": "sgd",
+    "server.shared-learning-rate": 1.0,
+    "server.shared-momentum": 0.0,
+    "server.averaging-decay": 0.0,
+    "server.weighting": "coverage",
+    "local.prior-strength": 0.0,
+    "local.alignment-weight": 0.0,
+}
+"""One global model, averaged per coordinate over the clients that hold it: what the baselines have in common."""
+
+STRENGTHENED: Settings = {"server.shared-momentum": 0.5, "server.averaging-decay": 0.8, "local.prior-strength": 1.0}
+"""FRAMP's tricks that are not its ideas: server momentum, averaged weights, logit adjustment."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of the comparison.
+
+    Attributes:
+        title: name in tables.
+        settings: flat configuration keys, ``method`` (the strategy) among them.
+        source: paper and section, or what is ablated.
+        ignores_budget: whether every client holds the full model whatever its capacity.
+    """
+
+    title: str
+    settings: Settings
+    source: str
+    ignores_budget: bool = False
+
+    def strengthened(self) -> "Method":
+        """The same method with the tricks of :data:`STRENGTHENED`."""
+        return Method(f"{self.title} +", {**self.settings, **STRENGTHENED}, self.source, self.ignores_budget)
+
+
+_HETEROFL: Settings = {**GLOBAL_MODEL, "local.masked-cross-entropy": True}
+
+_PUBLISHED = {
+    "fiarse": Method(
+        "FIARSE",
+        {
+            **GLOBAL_MODEL,
+            "method": "fiarse",
+            "local.threshold-gradient": True,
+            "extraction.name": "global-top-k",
+            "extraction.fan-in-exponent": 0.0,
+        },
+        "Wu et al., NeurIPS 2024, arXiv 2407.19389",
+    ),
+    "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
+    "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
+    "fedavg": Method(
+        "FedAvg (full size)",
+        {**GLOBAL_MODEL, "extraction.name": "full", "server.weighting": "examples"},
+        "McMahan et al., AISTATS 2017; ignores budgets",
+        ignores_budget=True,
+    ),
+}
+
+METHODS: dict[str, Method] = {
+    "framp": Method("FRAMP", {"method": "framp"}, "Liang and Tay, arXiv 2604.11278"),
+    **_PUBLISHED,
+    **{f"{name}-strong": method.strengthened() for name, method in _PUBLISHED.items()},
+    "local": Method("Local only", {**GLOBAL_MODEL, "method": "local"}, "each client alone, submodel of its capacity"),
+    "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
+    "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
+    "framp-layerwise": Method("FRAMP, layer-wise mask", {"extraction.name": "layer-top-k"}, "ablation: mask"),
+    "framp-low-rank": Method("FRAMP, low-rank", {"generator.name": "low-rank"}, "ablation: generator"),
+    "framp-chunked": Method("FRAMP, chunked", {"generator.name": "chunked"}, "ablation: generator"),
+    "framp-dense": Method("FRAMP, dense", {"generator.name": "dense"}, "ablation: generator"),
+    "framp-histogram": Method("FRAMP, histogram", {"descriptor.name": "histogram"}, "ablation: descriptor"),
+    "framp-warmup": Method("FRAMP, warm-up features", {"descriptor.name": "warmup"}, "ablation: descriptor"),
+    "framp-unadjusted": Method("FRAMP, no logit adjustment", {"local.prior-strength": 0.0}, "ablation: tau = 0"),
+}
+"""Methods by the name that ``framp compare --methods`` takes."""

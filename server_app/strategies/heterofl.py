@@ -1,0 +1,70 @@
+"""HeteroFL (Diao et al., ICLR 2021, arXiv 2010.01264): nested widths of one global model."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from framp_core.config import FrampConfig, Scalar
+from framp_core.errors import ConfigError
+from framp_core.run_folder import RunFolder
+from framp_core.structured import channel_mask, window, without_other_classes
+from server_app.registry import ClientRecord
+from server_app.strategies.base import ClientUpdate
+from server_app.strategies.framp import FrampStrategy
+
+REQUIRED: dict[str, Scalar] = {
+    "generator.name": "shared",
+    "server.weighting": "coverage",
+    "local.alignment-weight": 0.0,
+}
+"""Without these it would be another method."""
+
+
+class HeteroFLStrategy(FrampStrategy):
+    """A client of capacity gamma trains the first ``ceil(sqrt(gamma) * C)`` channels of every layer of C.
+
+    Extraction: nested slices of the hidden channels, image channels and classes whole; the layers that a shortcut
+    ties share one slice. Server: ``theta += sum_i m_i * Delta_i / sum_i m_i`` per element, 0 / 0 := 0, where the
+    m_i of a head's row leave out the clients without images of its class. The masks say what is covered; a Delta of
+    zero still counts.
+
+    Left out is the paper's scaler, which divides the activations of a slim network by its width before each
+    normalisation in training: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, so that here it would do nothing.
+    The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` the other published settings
+    come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows.
+
+    Raises:
+        ConfigError: a setting of :data:`REQUIRED` has another value.
+    """
+
+    slim: ClassVar[bool] = True
+
+    def __init__(self, config: FrampConfig, run: RunFolder) -> None:
+        given = config.to_flat()
+        wrong = {key: given[key] for key, value in REQUIRED.items() if given[key] != value}
+        if wrong:
+            raise ConfigError(
+                f"method={config.method!r} averages slices of one global model; it needs "
+                f"{', '.join(f'{key}={REQUIRED[key]!r}, not {value!r}' for key, value in wrong.items())}"
+            )
+        super().__init__(config, run)
+
+    def shift(self, server_round: int) -> int:
+        """First channel that is kept, modulo the channels of each layer."""
+        return 0
+
+    def extract(self, theta: np.ndarray, client: ClientRecord, server_round: int) -> np.ndarray:
+        """The mask of a window of whole channels."""
+        return channel_mask(self.layout, window(self.layout, client.capacity, self.shift(server_round)))
+
+    def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
+        """Average every element over the clients that hold it; a row of the head, over those that hold its class."""
+        masks = [without_other_classes(self.layout, update.mask, update.prototypes.classes) for update in updates]
+        return self.generator_update.step(
+            torch.from_numpy(np.stack([update.client.descriptor for update in updates])),
+            [update.dense_delta() * mask for update, mask in zip(updates, masks, strict=True)],
+            masks,
+            [update.examples for update in updates],
+        )

@@ -1,0 +1,72 @@
+"""Local only: every client alone, the lower reference of the comparison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server_app.registry import ClientRecord
+from server_app.strategies.base import ClientUpdate, SubmodelStrategy
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """The submodel of a client that has trained.
+
+    Attributes:
+        values: weights at the kept positions, float32 ``(mask.sum(),)``.
+        mask: kept positions, bool ``(n,)`` packed to bits.
+    """
+
+    values: np.ndarray
+    mask: np.ndarray
+
+
+class LocalOnlyStrategy(SubmodelStrategy):
+    """Each client trains a submodel of its own; nothing is ever mixed.
+
+    All start from the common initialisation, cut once to the client's capacity: ``theta_i = m_i * theta_init`` and
+    then ``theta_i += Delta_i`` after each participation. A client that has not trained, an unseen one above all, is
+    measured with the initialisation. The server holds what the devices of a real deployment would keep to
+    themselves, so the bytes that the run reports are those of this harness, not of the method.
+    """
+
+    def build(self, initial: Tensor, feature_size: int, client: ClientRecord) -> dict[str, int]:
+        """Keep the common initialisation."""
+        self.initial: np.ndarray = initial.numpy()
+        self.models: dict[str, LocalModel] = {}
+        return {}
+
+    def generate(self, client: ClientRecord, *, evaluation: bool) -> np.ndarray:
+        """The client's own model, zero where dropped; the initialisation before it has trained."""
+        model = self.models.get(client.name)
+        if model is None:
+            return self.initial
+        theta = np.zeros_like(self.initial)
+        theta[self._mask(model)] = model.values
+        return theta
+
+    def extract(self, theta: np.ndarray, client: ClientRecord, server_round: int) -> np.ndarray:
+        """The mask of the first cut: ranking trained weights again could pick dropped ones."""
+        model = self.models.get(client.name)
+        return super().extract(self.initial, client, server_round) if model is None else self._mask(model)
+
+    def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
+        """Add each delta to its own client's model."""
+        for update in updates:
+            theta = self.generate(update.client, evaluation=False)
+            self.models[update.client.name] = LocalModel(theta[update.mask] + update.delta, np.packbits(update.mask))
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The initialisation, and values and packed mask of every client that has trained."""
+        state = {"initial": torch.from_numpy(self.initial)}
+        for name, model in sorted(self.models.items()):
+            state[f"clients.{name}.values"] = torch.from_numpy(model.values)
+            state[f"clients.{name}.mask"] = torch.from_numpy(model.mask)
+        return state
+
+    def _mask(self, model: LocalModel) -> np.ndarray:
+        return np.unpackbits(model.mask, count=self.layout.size).view(bool)
