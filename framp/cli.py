@@ -16,6 +16,7 @@ from rich.table import Table
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig, Scalar, parse_override
 from framp_core.errors import ConfigError, FrampError
+from framp_core.methods import METHODS
 
 if TYPE_CHECKING:
     from framp_core.data import DataSummary
@@ -53,8 +54,15 @@ def read_overrides(overrides: list[str] | None) -> dict[str, Scalar]:
 
 
 def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar) -> FrampConfig:
-    """Read a configuration with the ``-o`` options on it."""
-    return FrampConfig.load(path, {**read_overrides(overrides), **fixed})
+    """Read a configuration with the ``-o`` options on it.
+
+    ``-o method=NAME`` takes any method of the comparison and lays its settings under the other options.
+    """
+    values = {**read_overrides(overrides), **fixed}
+    method = METHODS.get(str(values.get("method")))
+    if method is not None:
+        values = {**values, "method": "framp", **method.settings, **{k: v for k, v in values.items() if k != "method"}}
+    return FrampConfig.load(path, values)
 
 
 def new_run_folder(config_path: Path | None) -> Path:

@@ -37,12 +37,13 @@ def client_rows(clients: Iterable[ClientRecord]) -> list[Row]:
 
 
 def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, int]) -> Row:
-    """One client's training in one round, with the bytes of its messages by part."""
+    """One client's training in one round, with the parameters it held and the bytes of its messages by part."""
     return {
         "client": update.client.name,
         "capacity": str(update.client.capacity),
         "loss": update.loss,
         "examples": update.examples,
+        "held": int(update.mask.sum()),
         "down": dict(down),
         "up": dict(up),
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from framp_core.config import FrampConfig, parse_capacity
+from framp_core.config import FrampConfig
 from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, by_capacity, summarise
 from framp_core.run_folder import SUMMARY, RunFolder, accuracies
 
@@ -150,13 +150,12 @@ class Record:
         """The measurements of the last evaluated round."""
         return self.at(self.evaluated_rounds[-1], moment) if self.evaluated_rounds else []
 
-    def held(self, capacity: str) -> int | None:
-        """Parameters that a client of this size holds: k and the always-kept ones; None without a start event."""
-        if self.start is None:
-            return None
-        if self.config.extraction.name == "full":
-            return int(self.start["parameters"])
-        return int(parse_capacity(capacity) * self.start["maskable"]) + int(self.start["always_kept"])
+    def held(self, capacity: str) -> float | None:
+        """Parameters that a client of this size held, mean over its messages; None if none of this size trained."""
+        counts = [
+            client["held"] for event in self.train for client in event["clients"] if client["capacity"] == capacity
+        ]
+        return _mean(counts) if counts else None
 
     def traffic(self) -> list[Traffic]:
         """Mean bytes per client and round: one entry per size, then the mean over all exchanges."""

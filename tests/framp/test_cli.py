@@ -54,6 +54,16 @@ def test_relative_paths_on_the_command_line_are_taken_from_here(
     assert cli.load_config(None, ["data.root=images"]).data.root == str(tmp_path / "images")
 
 
+def test_a_method_brings_its_settings_and_options_win_over_them() -> None:
+    plain = cli.load_config(None, ["method=heterofl"])
+    assert (plain.method, plain.generator.name, plain.local.masked_cross_entropy) == ("heterofl", "shared", True)
+    assert plain.server.shared_momentum == 0.0
+    assert cli.load_config(None, ["method=heterofl-strong"]).server.shared_momentum == 0.5
+    assert cli.load_config(None, ["method=heterofl", "server.shared-momentum=0.9"]).server.shared_momentum == 0.9
+    assert cli.load_config(None, ["method=fedavg"]).extraction.name == "full"
+    assert cli.load_config(None, []).method == "framp"
+
+
 def test_the_run_folder_may_come_from_the_configuration(tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["run", "-o", f"output.folder={tmp_path / 'mine'}", *options(tmp_path)])
     assert result.exit_code == 0, result.output

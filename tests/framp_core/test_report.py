@@ -76,6 +76,7 @@ def exchange(rng: np.random.Generator, client: dict[str, Any], round: int) -> di
         "capacity": client["capacity"],
         "loss": 2.2 * float(np.exp(-round / 25)) + rng.uniform(0, 0.2),
         "examples": client["train_examples"],
+        "held": held(client["capacity"]),
         "down": {"values": values, "mask": mask, "prototypes": 2680 if round > 1 else 4, "framing": 32},
         "up": {"values": values, "prototypes": 1876, "framing": 32},
     }
@@ -181,11 +182,16 @@ def test_clients_csv_keeps_every_measurement(finished: RunFolder) -> None:
     assert len(finished.clients()) == sum(len(event["accuracies"]) for event in evaluations)
 
 
-def test_full_extraction_holds_every_parameter_whatever_the_capacity(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", FrampConfig.from_flat({"extraction.name": "full"}))
+def test_parameters_held_are_those_of_the_messages(tmp_path: Path) -> None:
+    """A method may cut otherwise than by k weights: the counts come from the masks that were sent."""
+    run = RunFolder.create(tmp_path / "run", FrampConfig())
     counts = {"parameters": MASKABLE + ALWAYS_KEPT, "maskable": MASKABLE, "always_kept": ALWAYS_KEPT}
     run.event("start", 0, clients=clients(4, 0), **counts)
-    assert {row["parameters_held"] for row in finish(run)["rows"]} == {MASKABLE + ALWAYS_KEPT}
+    rng = np.random.default_rng(0)
+    sent = [{**exchange(rng, client, 1), "held": 515} for client in clients(4, 0) if client["capacity"] != "1"]
+    run.event("train", 1, clients=sent, refused=[], seconds=1.0)
+    held_by_size = {row["capacity"]: row["parameters_held"] for row in finish(run)["rows"]}
+    assert held_by_size == {"1/64": 515, "1/16": 515, "1/4": 515, "1": None, "mean": 515}
 
 
 def test_mean_parameters_are_those_of_training_clients(tmp_path: Path) -> None:
