@@ -34,11 +34,14 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
         strategy_class: your own strategy; the one that ``config.method`` names if None.
 
     Raises:
-        FrampError: the run folder exists, no client answered, the model cannot be built, or nothing is learnt.
+        FrampError: the configuration does not fit the method, the run folder exists, no client answered, the model
+            cannot be built, or nothing is learnt.
     """
+    strategy_class = strategy_class or STRATEGIES[config.method]
+    strategy_class.check(config)
     folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
     run = RunFolder.create(folder, config)
-    strategy = (strategy_class or STRATEGIES[config.method])(config, run)
+    strategy = strategy_class(config, run)
     with torch_threads(os.cpu_count() or 1):
         strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
     finish(run)

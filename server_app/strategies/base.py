@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
 from framp_core.config import FrampConfig, Scalar
-from framp_core.errors import EngineError, FrampError, ProtocolError
+from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
 from framp_core.mask_statistics import mask_statistics
@@ -109,7 +109,8 @@ class SubmodelStrategy(Strategy):
 
     A method whose masks keep whole channels (:mod:`framp_core.structured`) sets the class attribute ``slim``: the
     selected channels then travel in place of a mask and the client trains a physically smaller network, whose
-    features have another width, so that prototypes go neither down nor up.
+    features have another width, so that prototypes go neither down nor up. A method that makes no sense with other
+    settings names them in ``required``.
 
     Args:
         config: the run's configuration.
@@ -117,6 +118,22 @@ class SubmodelStrategy(Strategy):
     """
 
     slim: ClassVar[bool] = False
+    required: ClassVar[Mapping[str, Scalar]] = {}
+
+    @classmethod
+    def check(cls, config: FrampConfig) -> None:
+        """Look at the configuration before anything is written.
+
+        Raises:
+            ConfigError: a setting in ``required`` has another value.
+        """
+        given = config.to_flat()
+        wrong = {key: value for key, value in cls.required.items() if given[key] != value}
+        if wrong:
+            needs = ", ".join(f"{key}={value!r}, not {given[key]!r}" for key, value in wrong.items())
+            raise ConfigError(
+                f"method={config.method!r} would be another method with this configuration; it needs {needs}"
+            )
 
     def __init__(self, config: FrampConfig, run: RunFolder) -> None:
         self.config = config

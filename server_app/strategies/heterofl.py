@@ -1,25 +1,16 @@
 """HeteroFL (Diao et al., ICLR 2021, arXiv 2010.01264): nested widths of one global model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from framp_core.config import FrampConfig, Scalar
-from framp_core.errors import ConfigError
-from framp_core.run_folder import RunFolder
+from framp_core.config import Scalar
 from framp_core.structured import channel_mask, window, without_other_classes
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate
 from server_app.strategies.framp import FrampStrategy
-
-REQUIRED: dict[str, Scalar] = {
-    "generator.name": "shared",
-    "server.weighting": "coverage",
-    "local.alignment-weight": 0.0,
-}
-"""Without these it would be another method."""
 
 
 class HeteroFLStrategy(FrampStrategy):
@@ -34,22 +25,15 @@ class HeteroFLStrategy(FrampStrategy):
     normalisation in training: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, so that here it would do nothing.
     The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` the other published settings
     come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows.
-
-    Raises:
-        ConfigError: a setting of :data:`REQUIRED` has another value.
     """
 
     slim: ClassVar[bool] = True
 
-    def __init__(self, config: FrampConfig, run: RunFolder) -> None:
-        given = config.to_flat()
-        wrong = {key: given[key] for key, value in REQUIRED.items() if given[key] != value}
-        if wrong:
-            raise ConfigError(
-                f"method={config.method!r} averages slices of one global model; it needs "
-                f"{', '.join(f'{key}={REQUIRED[key]!r}, not {value!r}' for key, value in wrong.items())}"
-            )
-        super().__init__(config, run)
+    required: ClassVar[Mapping[str, Scalar]] = {
+        "generator.name": "shared",
+        "server.weighting": "coverage",
+        "local.alignment-weight": 0.0,
+    }
 
     def shift(self, server_round: int) -> int:
         """First channel that is kept, modulo the channels of each layer."""

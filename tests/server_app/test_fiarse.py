@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,13 +225,9 @@ def test_no_prototypes_travel(fiarse: Build, tiny: Build) -> None:
     assert min(up) > 300
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("generator.name", "modulated", r"generator\.name='modulated'.*'shared'"),
-        ("local.alignment-weight", 0.1, r"local\.alignment-weight=0\.1.*use 0"),
-    ],
-)
-def test_what_would_be_another_method_is_refused(fiarse: Build, key: str, value: Scalar, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        run_local(fiarse({key: value}))
+@pytest.mark.parametrize(("key", "value"), [("generator.name", "modulated"), ("local.alignment-weight", 0.1)])
+def test_what_would_be_another_method_is_refused(fiarse: Build, key: str, value: Scalar) -> None:
+    config = fiarse({key: value})
+    with pytest.raises(ConfigError, match=rf"method='fiarse' .* {key}=.*not {value!r}"):
+        run_local(config)
+    assert not Path(config.output.folder).exists()

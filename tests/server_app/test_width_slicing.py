@@ -253,4 +253,4 @@ def test_the_client_refuses_a_slim_network_above_its_capacity(tiny):
 def test_settings_of_another_method_are_refused(tiny, key, value):
     config = tiny({**settings("heterofl"), key: value})
     with pytest.raises(ConfigError, match=f"method='heterofl' .* {key}=.*not {value!r}"):
-        HeteroFLStrategy(config, RunFolder.create(Path(config.output.folder), config))
+        HeteroFLStrategy.check(config)
