@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -197,7 +197,7 @@ class ClientRegistry:
             self._admit(good)
             for refusal in bad:
                 if not refusal.missing:
-                    self._refuse(int(refusal.client), refusal.error, refusal.traceback)
+                    self._refuse(refusal)
 
     def _ask(self, grid: Grid) -> None:
         now = time.monotonic()
@@ -222,14 +222,16 @@ class ClientRegistry:
                 record = ClientRecord.read(node, reply.content)
                 self._check(record)
             except FrampError as error:
-                self._refuse(node, f"{type(error).__name__}: {error}")
+                self._refuse(Refusal.of(str(node), error))
             else:
                 self._refused.pop(node, None)
                 self._described.add(node)
                 self.clients[record.name] = record
 
-    def _refuse(self, node: int, error: str, traceback: str = "") -> None:
-        refusal = Refusal(f"node {node}", error, traceback)
+    def _refuse(self, refusal: Refusal) -> None:
+        """Note a refused node; ``refusal.client`` is its id."""
+        node = int(refusal.client)
+        refusal = replace(refusal, client=f"node {node}")
         self._retry_at[node] = time.monotonic() + RETRY_SECONDS
         if self._refused.get(node) != refusal:
             self._news.append(refusal)
@@ -251,4 +253,5 @@ class ClientRegistry:
             if client.task != self._task:
                 del self.clients[name]
                 self._described.discard(client.node_id)
-                self._refuse(client.node_id, f"ProtocolError: {name} has {client.task}; most have {self._task}")
+                error = ProtocolError(f"{name} has {client.task}; most have {self._task}")
+                self._refuse(Refusal.of(str(client.node_id), error))

@@ -27,6 +27,11 @@ class Refusal:
     traceback: str = ""
     missing: bool = False
 
+    @classmethod
+    def of(cls, client: str, error: Exception) -> "Refusal":
+        """The refusal of a reply in which the server found an error."""
+        return cls(client, f"{type(error).__name__}: {error}")
+
 
 def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[list[Reply], list[Refusal]]:
     """Sort replies into good ones and refusals, both in the order of the clients' names.

@@ -228,7 +228,7 @@ class SubmodelStrategy(Strategy):
             try:
                 update, parts = self._read_update(sent[reply.client], reply)
             except FrampError as error:
-                refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
+                refused.append(Refusal.of(reply.client, error))
             else:
                 updates.append(update)
                 rows.append(train_row(update, sent[reply.client].parts, parts))
@@ -270,7 +270,7 @@ class SubmodelStrategy(Strategy):
             try:
                 rows += read_accuracies(sent[reply.client].client, server_round, reply.content)
             except FrampError as error:
-                refused.append(Refusal(reply.client, f"{type(error).__name__}: {error}"))
+                refused.append(Refusal.of(reply.client, error))
         self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], down_bytes=down_bytes)
         self._outbox = []
         if not rows:
