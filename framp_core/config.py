@@ -154,10 +154,10 @@ class ModelConfig(_Section):
 class DescriptorConfig(_Section):
     """Compact summary v_i of a client's data."""
 
-    name: Literal["moments", "histogram", "warmup"] = Field(
+    name: Literal["class-moments", "moments", "histogram", "warmup"] = Field(
         "moments",
-        description="class histogram and moments of a frozen encoder's features; the histogram alone; "
-        "mean penultimate features after local warm-up",
+        description="class shares and class means of a frozen encoder's features; class histogram and moments of its "
+        "features over all classes; the histogram alone; mean penultimate features after local warm-up",
     )
     encoder_width: int = Field(16, ge=1, description="features of the frozen encoder; moments adds 2 floats each")
     warmup_steps: int = Field(20, ge=1, description="local steps before the features are averaged (warmup)")
@@ -166,8 +166,9 @@ class DescriptorConfig(_Section):
 class GeneratorConfig(_Section):
     """h(v; phi): from descriptor to full model (DESIGN section 3)."""
 
-    name: Literal["modulated", "low-rank", "chunked", "dense", "shared"] = "modulated"
+    name: Literal["mixture", "modulated", "low-rank", "chunked", "dense", "shared"] = "modulated"
     hidden: int = Field(64, ge=1, description="hidden units of the descriptor network")
+    experts: int = Field(4, ge=1, description="experts B_k, each as large as the model (mixture)")
     rank: int = Field(1, ge=1, description="rank of the generated factors (low-rank)")
     chunk_size: int = Field(3072, ge=1, description="parameters per generated chunk (chunked)")
     chunk_embedding: int = Field(64, ge=1, description="floats that identify a chunk (chunked)")
@@ -202,10 +203,22 @@ class LocalConfig(_Section):
     absent_class_prior: float = Field(1e-4, gt=0, lt=1, description="prior of a class that the client lacks")
     alignment_weight: float = Field(0.1, ge=0, description="lambda of the prototype-alignment loss; 0: off")
     alignment_distance: Literal["squared-l2", "cosine"] = "squared-l2"
+    nested_share: float = Field(
+        0.0, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
+    )
     masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
     threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")
     threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind_of_weights(self) -> Self:
+        if self.nested_share and self.threshold_gradient:
+            raise ValueError(
+                f"local.nested-share={self.nested_share:g} and local.threshold-gradient=true exclude each other; "
+                f"set one of them to 0 or false"
+            )
+        return self
 
 
 class ServerConfig(_Section):
@@ -220,6 +233,9 @@ class ServerConfig(_Section):
     weighting: Literal["coverage", "uniform", "examples"] = Field(
         "coverage",
         description="mean over the clients that hold a coordinate, over all clients, or by examples",
+    )
+    expert_memory: float = Field(
+        10.0, gt=0, description="rounds over which a difference between the clusters of a mixture lasts"
     )
     averaging_decay: float = Field(0.8, ge=0, lt=1, description="averaged generator for evaluation; 0: off")
     prototype_decay: float = Field(0.5, ge=0, lt=1, description="moving average of prototypes over rounds; 0: off")

@@ -38,6 +38,16 @@ class Descriptor(ABC):
     def describe(self, data: ClientData) -> np.ndarray:
         """Summarise ``data.train`` as float32 ``(d,)`` of unit norm."""
 
+    def reference(self, known: np.ndarray) -> np.ndarray:
+        """What the descriptors ``(m, d)`` of many clients have in common, ``(d,)``: their mean."""
+        mean: np.ndarray = known.mean(axis=0)
+        return mean
+
+    def expected(self, descriptors: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """What ``descriptors`` ``(c, d)`` would be if their clients had nothing of their own: the reference."""
+        expected: np.ndarray = np.broadcast_to(reference, descriptors.shape)
+        return expected
+
 
 class HistogramDescriptor(Descriptor):
     """Class counts of the training images, in the order of the classes, scaled to unit norm."""
@@ -96,6 +106,75 @@ class MomentsDescriptor(Descriptor):
         return torch.cat([self.encoder(inputs) for inputs, _ in batches])
 
 
+class ClassMomentsDescriptor(MomentsDescriptor):
+    """Class shares, and the mean features of each class under a frozen random encoder.
+
+    ``v = [sqrt(p_1) .. sqrt(p_C); sqrt(p_1) mu_1; ..; sqrt(p_C) mu_C]`` scaled to unit norm, where p_c is the share of
+    class c among the client's images and mu_c in R^w the mean of e(x) over them, 0 for a class it lacks. The root
+    weighs a mean by its standard error. Unlike moments over all images, class means tell clients apart that name the
+    classes differently, and a shift of the images from a mere difference of class frequencies.
+    """
+
+    @property
+    def size(self) -> int:
+        """C (1 + w)."""
+        return self.classes * (1 + self.width)
+
+    def describe(self, data: ClientData) -> np.ndarray:
+        """Summarise ``data.train`` as float32 ``(C (1 + w),)`` of unit norm."""
+        features, labels = self._encode(data).double().numpy(), data.train.selected_labels
+        roots = np.sqrt(data.class_counts() / len(labels))
+        means = np.zeros((self.classes, self.width))
+        for held in np.flatnonzero(roots):
+            means[held] = features[labels == held].mean(axis=0)
+        return _unit(np.concatenate([roots, (roots[:, None] * means).ravel()])).astype(np.float32)
+
+    def reference(self, known: np.ndarray) -> np.ndarray:
+        """Mean roots, and the class means over all clients, by least squares on their weighted means, ``(d,)``."""
+        roots, weighted = self._blocks(known)
+        squares = np.maximum((roots**2).sum(axis=0), np.finfo(np.float64).tiny)
+        means = (roots[:, :, None] * weighted).sum(axis=0) / squares[:, None]
+        return np.concatenate([roots.mean(axis=0), means.ravel()])
+
+    def expected(self, descriptors: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """The mean roots, and each client's own roots times the class means of all, ``(c, d)``."""
+        mean_roots, means = self._blocks(reference[None])
+        roots = self._blocks(descriptors)[0]
+        weighted = (roots[:, :, None] * means).reshape(len(roots), -1)
+        return np.concatenate([np.broadcast_to(mean_roots, roots.shape), weighted], axis=1)
+
+    def _blocks(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Roots ``(c, C)`` and weighted class means ``(c, C, w)``."""
+        roots, means = np.split(descriptors.astype(np.float64), [self.classes], axis=1)
+        return roots, means.reshape(-1, self.classes, self.width)
+
+
+class Standardiser:
+    """From descriptors to the generator's inputs: what sets a client apart from the known ones, in units of spread.
+
+    ``z = (v - e(v)) / (s sqrt(d))`` with e(v) of :meth:`Descriptor.expected` and s the root mean square of
+    ``v - e(v)`` over the known clients, per float. A descriptor is mostly what all clients share, and a generator that
+    takes it as it is can hardly tell two clients apart. Inputs of known clients have a root mean square norm of 1.
+
+    Args:
+        descriptor: whose vectors are standardised.
+        known: descriptors of the clients that train, as known before the first round, ``(m, d)``.
+    """
+
+    def __init__(self, descriptor: Descriptor, known: np.ndarray) -> None:
+        self.descriptor = descriptor
+        self.reference = descriptor.reference(known)
+        spread = np.sqrt(((known - descriptor.expected(known, self.reference)) ** 2).mean(axis=0))
+        # A float that is equal in all clients tells nothing.
+        self.scale = np.divide(known.shape[1] ** -0.5, spread, out=np.zeros_like(spread), where=spread > 1e-6)
+
+    def __call__(self, descriptors: np.ndarray) -> np.ndarray:
+        """Map ``(c, d)`` to float32 ``(c, d)``."""
+        deviations = descriptors - self.descriptor.expected(descriptors, self.reference)
+        inputs: np.ndarray = (deviations * self.scale).astype(np.float32)
+        return inputs
+
+
 class WarmupDescriptor(Descriptor):
     """Mean penultimate feature over the training images after a short local training, scaled to unit norm.
 
@@ -144,6 +223,8 @@ def build_descriptor(config: FrampConfig, input_shape: tuple[int, int, int], cla
     seed = int(stream(config.seed, "descriptor-encoder").integers(2**63))
     if config.descriptor.name == "moments":
         return MomentsDescriptor(input_shape[0], classes, config.descriptor.encoder_width, seed)
+    if config.descriptor.name == "class-moments":
+        return ClassMomentsDescriptor(input_shape[0], classes, config.descriptor.encoder_width, seed)
     if config.descriptor.name == "histogram":
         return HistogramDescriptor(classes)
     return WarmupDescriptor(config, input_shape, classes, seed)

@@ -6,17 +6,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from framp_core.config import FrampConfig, LocalConfig
 from framp_core.data.client_data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser, augment
 from framp_core.errors import ConfigError, ModelError
+from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
+from framp_core.masking import extract
 from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 
-INFERENCE_BATCH = 256
+INFERENCE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -125,62 +127,6 @@ class _Objective:
         return loss
 
 
-class _KeptWeights:
-    """The weights in training: the network runs what the optimizer moves, and dropped weights get no gradient.
-
-    Attributes:
-        latent: what the optimizer moves, ``(n,)``; its gradient is the network's flat gradient.
-    """
-
-    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
-        model.load(start)
-        self.model, self.kept = model, kept
-        self.latent = model.flat
-
-    def pull_back(self) -> None:
-        """Turn the gradient with respect to what the network runs into that with respect to ``latent``."""
-        self.model.flat_gradient.mul_(self.kept)
-
-    def show(self) -> None:
-        """Bring the network up to date with ``latent``, which here it runs anyway."""
-
-
-class _ThresholdedWeights(_KeptWeights):
-    """FIARSE's threshold-controlled biased gradient descent (Wu et al., NeurIPS 2024, arXiv 2407.19389).
-
-    The network runs ``w = x * M`` with ``M = 1[|x| >= theta]`` on the kept maskable weights and 1 on the
-    always-kept ones. theta is the smallest |x| of a kept maskable weight as received and stays for the round; M
-    follows x, so that a weight which falls below theta drops out. With the mask's derivative taken as
-    ``dM/d|x| = 2 * theta / (|x| + theta)^2`` where M is 1, the gradient with respect to x is
-
-        ``dF/dw * M * (1 + 2 * |x| * theta / (|x| + theta)^2)``,
-
-    a factor in [1, 1.5]: 1.5 at the threshold, 1 far above it. Without momentum and weight decay, as published, a
-    weight that dropped out keeps its value.
-    """
-
-    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
-        super().__init__(model, start, kept)
-        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
-        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).min()
-        self.latent = nn.Parameter(start.clone())
-        self.latent.grad = model.flat_gradient
-
-    def pull_back(self) -> None:
-        super().pull_back()
-        size = self.latent.detach().abs()
-        # 0 / 0 := 0: a threshold of 0, a kept weight that is 0, leaves plain training.
-        share = size / (size + self.threshold).clamp_min(torch.finfo(size.dtype).tiny)
-        self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
-
-    def show(self) -> None:
-        self.model.load(self.latent.detach() * self._mask())
-
-    def _mask(self) -> Tensor:
-        """M, bool ``(n,)``; true where the weight is not ranked."""
-        return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
-
-
 def train_locally(
     model: FlatModel,
     values: np.ndarray,
@@ -197,8 +143,9 @@ def train_locally(
     logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
     class prior, and :func:`framp_core.prototypes.alignment_loss`. Dropped weights are zero, get no gradient and stay
     zero, also under momentum and weight decay. ``local.masked_cross_entropy`` is HeteroFL's loss,
-    ``local.threshold_gradient`` FIARSE's gradient, under which a kept weight that falls below the round's threshold is
-    left out of ``model`` and yet keeps its value in the delta.
+    ``local.nested_share`` trains nested smaller sizes too (:mod:`framp_core.local_weights`), and
+    ``local.threshold_gradient`` is FIARSE's gradient, under which a kept weight that falls below the round's
+    threshold is left out of ``model`` and yet keeps its value in the delta.
 
     Args:
         model: the network to train; all of its parameters are overwritten.
@@ -214,25 +161,45 @@ def train_locally(
         ModelError: the loss or a weight became NaN or infinite.
     """
     local, device = config.local, model.flat.device
-    kept = torch.ones_like(model.flat) if mask is None else torch.tensor(mask, device=device)
-    start = torch.tensor(values, device=device) * kept
-    weights = (_ThresholdedWeights if local.threshold_gradient else _KeptWeights)(model, start, kept)
+    start = torch.tensor(values if mask is None else values * mask, device=device)
+    weights = _trained_weights(model, start, mask, data, config, rng)
     objective = _Objective(local, data, prototypes, device)
     optimizer = torch.optim.SGD(
         [weights.latent], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
     )
     losses = []
     for inputs, labels in _training_batches(data, config, rng, steps or local.steps, device):
+        weights.show()
         model.flat_gradient.zero_()
         loss = objective(*model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         weights.pull_back()
         optimizer.step()
-        weights.show()
         losses.append(loss.detach())
+    weights.finish()
     delta, history = weights.latent.detach() - start, torch.stack(losses)
     _require_finite(delta, history, data.name, local)
     return LocalResult(delta.cpu().numpy(), float(history.mean()), len(data.train), len(losses))
+
+
+def _trained_weights(
+    model: FlatModel,
+    start: Tensor,
+    mask: np.ndarray | None,
+    data: ClientData,
+    config: FrampConfig,
+    rng: np.random.Generator,
+) -> KeptWeights:
+    local = config.local
+    kept = torch.ones_like(start) if mask is None else torch.tensor(mask, device=start.device)
+    if local.threshold_gradient:
+        return ThresholdedWeights(model, start, kept)
+    if mask is None or local.nested_share == 0:
+        return KeptWeights(model, start, kept)
+    theta, sizes = start.cpu().numpy(), [size for size in config.capacity.sizes if size < data.capacity]
+    smaller = [extract(theta, model.layout, config.extraction, size) for size in sizes]
+    # A child stream: with or without nested steps, the batches are the same.
+    return NestedWeights(model, start, kept, smaller, local.nested_share, rng.spawn(1)[0])
 
 
 def _training_batches(

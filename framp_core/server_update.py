@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from framp_core.config import ServerConfig
 from framp_core.errors import ModelError, NonFiniteError
-from framp_core.generators import Generator
+from framp_core.expert_update import ExpertUpdate
+from framp_core.generators import Generator, Mixture
 
 GROUP_FLOATS = 2**26
 """Generated floats held at once during a step; bounds the memory whatever the number of clients."""
@@ -24,7 +25,9 @@ class GeneratorUpdate:
     divided per coordinate by ``sum_i w_i m_ij``, that is, averaged over the clients that hold the coordinate, and is
     0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros).
 
-    theta_0 has an optimizer of its own, to which ``shared_momentum`` applies if it is SGD. With
+    The experts of a mixture then learn by :class:`framp_core.expert_update.ExpertUpdate` instead of the plain product.
+
+    theta_0 (with the experts) has an optimizer of its own, to which ``shared_momentum`` applies if it is SGD. With
     ``averaging_decay`` > 0 an exponential moving average of the generator after each step is kept for evaluation; it
     starts from the generator after the first step.
 
@@ -37,6 +40,7 @@ class GeneratorUpdate:
         self.generator = generator
         self.config = config
         self._optimizers = _optimizers(generator, config)
+        self._experts = ExpertUpdate(generator, config.expert_memory) if isinstance(generator, Mixture) else None
         self._averaged: AveragedModel | None = None
         if config.averaging_decay > 0:
             # torch.optim.swa_utils copies the generator: 4 more bytes per parameter.
@@ -67,7 +71,8 @@ class GeneratorUpdate:
             examples: training examples per client, for the weighting ``examples``.
 
         Returns:
-            ``shared_gradient_norm`` and ``personal_gradient_norm`` (L2; 0 without a personal part).
+            ``shared_gradient_norm`` and ``personal_gradient_norm`` (L2; 0 without a personal part), and what the
+            experts report.
 
         Raises:
             ModelError: no client, or arguments of different lengths.
@@ -92,12 +97,15 @@ class GeneratorUpdate:
                 f"the generator's gradient is not finite ({norms}); refuse deltas that hold NaN or infinity before "
                 f"the step, and lower local.learning-rate if there are none"
             )
+        found = {}
+        if self._experts is not None and self.config.weighting == "coverage":
+            found = self._experts.set_gradient(descriptors, deltas, masks)
         for optimizer in self._optimizers.values():
             optimizer.step()
         self._clear_gradients()
         if self._averaged is not None:
             self._averaged.update_parameters(self.generator)
-        return norms
+        return norms | found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a later process needs to go on bit for bit, as flat names and tensors.
@@ -107,6 +115,8 @@ class GeneratorUpdate:
         state = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
         if self._averaged is not None:
             state |= {f"averaged.{name}": value for name, value in self._averaged.state_dict().items()}
+        if self._experts is not None:
+            state |= {f"experts.{name}": value for name, value in self._experts.state_dict().items()}
         for optimizer_name, optimizer in self._optimizers.items():
             for index, slots in optimizer.state_dict()["state"].items():
                 for slot, value in slots.items():
@@ -126,6 +136,8 @@ class GeneratorUpdate:
                 self._averaged.load_state_dict(averaged)
             elif averaged:
                 raise ValueError("it holds an averaged generator and server.averaging-decay is 0")
+            if self._experts is not None:
+                self._experts.load_state_dict(_section(state, "experts"))
             for name, optimizer in self._optimizers.items():
                 _load_optimizer(optimizer, _section(state, name))
         except (RuntimeError, ValueError) as error:

@@ -1,7 +1,6 @@
 """ServerApp: one run of a strategy, from the configuration to the report."""
 
 import logging
-import os
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from flwr.serverapp import Grid, ServerApp
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import RunFolder
-from framp_core.threads import torch_threads
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
 logger = logging.getLogger("flwr.framp")
@@ -42,8 +40,7 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
     folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
     run = RunFolder.create(folder, config)
     strategy = strategy_class(config, run)
-    with torch_threads(os.cpu_count() or 1):
-        strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
+    strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
     finish(run)
     write_report(run.path)
     return run

@@ -9,14 +9,16 @@ from framp_core.generators.base import Generator
 from framp_core.generators.chunked import Chunked
 from framp_core.generators.dense import Dense
 from framp_core.generators.low_rank import LowRank
+from framp_core.generators.mixture import Mixture
 from framp_core.generators.modulated import Modulated
 from framp_core.generators.shared import Shared
 from framp_core.layout import ParameterLayout
 from framp_core.randomness import torch_stream
 
-__all__ = ["GENERATORS", "Generator", "build_generator"]
+__all__ = ["GENERATORS", "Generator", "Mixture", "build_generator"]
 
 GENERATORS: dict[str, type[Generator]] = {
+    "mixture": Mixture,
     "modulated": Modulated,
     "low-rank": LowRank,
     "chunked": Chunked,

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ class Generator(nn.Module, ABC):
     network; its gradient must not vanish there. A new one does three things:
 
     * ``__init__`` with this signature declares its parameters, whose contents do not matter: it runs on the meta
-      device, so that the size is known before anything is allocated. No buffers;
-    * :meth:`initialise_personal` fills them;
+      device, so that the size is known before anything is allocated;
+    * :meth:`initialise_personal` fills them, and buffers if it has any;
     * :meth:`forward` generates.
 
-    It is then entered in ``framp_core.generators.GENERATORS`` and in the choices of ``GeneratorConfig.name``.
+    One that wants to look at the first clients' descriptors overrides :meth:`fit`. It is then entered in
+    ``framp_core.generators.GENERATORS`` and in the choices of ``GeneratorConfig.name``.
 
     Args:
         layout: description of theta.
@@ -41,17 +43,21 @@ class Generator(nn.Module, ABC):
     def initialise_personal(self, rng: torch.Generator) -> None:
         """Fill every parameter but ``theta_0``, drawing from ``rng`` alone; called without gradients."""
 
+    def fit(self, descriptors: Tensor, rng: np.random.Generator) -> None:
+        """Look at the descriptors ``(c, d)`` of the clients that train; called once, before the first round."""
+
     @abstractmethod
     def forward(self, descriptors: Tensor) -> Tensor:
         """Generate with a graph: descriptors ``(c, d)`` to full models ``(c, n)``, in new memory."""
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The shared vector alone."""
+        """The shared vector, and what else moves like weights rather than like a network that makes weights."""
         return [self.theta_0]
 
     def personal_parameters(self) -> list[nn.Parameter]:
-        """All parameters through which the descriptor acts; may be empty."""
-        return [parameter for parameter in self.parameters() if parameter is not self.theta_0]
+        """All other parameters; may be empty."""
+        shared = {id(parameter) for parameter in self.shared_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in shared]
 
     @property
     def size(self) -> int:

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from framp_core.descriptors import Standardiser, build_descriptor
 from framp_core.generators import build_generator
 from framp_core.prototypes import PrototypeBank, Prototypes
+from framp_core.randomness import stream
 from framp_core.server_update import GeneratorUpdate
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate, SubmodelStrategy
@@ -25,6 +27,10 @@ class FrampStrategy(SubmodelStrategy):
         generator = build_generator(
             self.config.generator, self.layout, len(client.descriptor), initial, self.config.seed
         )
+        trained = [known for _, known in sorted(self.registry.clients.items()) if known.role == "train"] or [client]
+        descriptors = np.stack([known.descriptor for known in trained])
+        self.standardiser = Standardiser(build_descriptor(self.config, client.shape, client.classes), descriptors)
+        generator.fit(torch.from_numpy(self.standardiser(descriptors)), stream(self.config.seed, "generator-fit"))
         self.generator_update = GeneratorUpdate(generator, self.config.server)
         self.bank = PrototypeBank(client.classes, feature_size, self.config.server.prototype_decay)
         return {"generator_parameters": sum(parameter.numel() for parameter in generator.parameters())}
@@ -33,8 +39,12 @@ class FrampStrategy(SubmodelStrategy):
         """h(v_i; phi), from the averaged generator for evaluation."""
         update = self.generator_update
         generator = update.evaluation_generator if evaluation else update.generator
-        theta: np.ndarray = generator.generate(torch.from_numpy(client.descriptor)[None])[0].numpy()
+        theta: np.ndarray = generator.generate(self.inputs([client]))[0].numpy()
         return theta
+
+    def inputs(self, clients: Sequence[ClientRecord]) -> Tensor:
+        """The generator's inputs: standardised descriptors, ``(c, d)``."""
+        return torch.from_numpy(self.standardiser(np.stack([client.descriptor for client in clients])))
 
     def prototypes(self) -> Prototypes | None:
         """Global prototypes; none before the first round has ended."""
@@ -44,7 +54,7 @@ class FrampStrategy(SubmodelStrategy):
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """One step along the vector-Jacobian product, then the prototypes' moving average."""
         metrics = self.generator_update.step(
-            torch.from_numpy(np.stack([update.client.descriptor for update in updates])),
+            self.inputs([update.client for update in updates]),
             [update.dense_delta() for update in updates],
             [update.mask for update in updates],
             [update.examples for update in updates],

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from framp_core.config import Scalar
 from framp_core.structured import channel_mask, window, without_other_classes
@@ -47,7 +46,7 @@ class HeteroFLStrategy(FrampStrategy):
         """Average every element over the clients that hold it; a row of the head, over those that hold its class."""
         masks = [without_other_classes(self.layout, update.mask, update.prototypes.classes) for update in updates]
         return self.generator_update.step(
-            torch.from_numpy(np.stack([update.client.descriptor for update in updates])),
+            self.inputs([update.client for update in updates]),
             [update.dense_delta() * mask for update, mask in zip(updates, masks, strict=True)],
             masks,
             [update.examples for update in updates],

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -8,12 +9,12 @@ import torch
 from framp_core.config import FrampConfig, Scalar
 from framp_core.data.client_data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser
-from framp_core.descriptors import MomentsDescriptor, build_descriptor
+from framp_core.descriptors import MomentsDescriptor, Standardiser, build_descriptor
 from framp_core.local_training import INFERENCE_BATCH
 
 CLASSES = 4
 SHAPE = (3, 8, 8)
-NAMES = ["moments", "histogram", "warmup"]
+NAMES = ["class-moments", "moments", "histogram", "warmup"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,10 @@ def describe(config: FrampConfig, data: ClientData) -> np.ndarray:
     return build_descriptor(config, SHAPE, CLASSES).describe(data)
 
 
-@pytest.mark.parametrize(("name", "size"), [("moments", CLASSES + 2 * 5), ("histogram", CLASSES), ("warmup", 6)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("class-moments", CLASSES * 6), ("moments", CLASSES + 2 * 5), ("histogram", CLASSES), ("warmup", 6)],
+)
 def test_size_norm_and_bytes(name: str, size: int) -> None:
     config = config_of(name)
     descriptor = build_descriptor(config, SHAPE, CLASSES)
@@ -89,7 +93,7 @@ def test_clients_with_different_data_differ(name: str) -> None:
     assert distance > 0.01
 
 
-@pytest.mark.parametrize("name", ["moments", "histogram"])
+@pytest.mark.parametrize("name", ["class-moments", "moments", "histogram"])
 def test_the_order_of_the_images_does_not_matter(name: str) -> None:
     config, data = config_of(name), client_of([200, 0, 90, 1])
     assert len(data.train) > INFERENCE_BATCH
@@ -146,3 +150,68 @@ def test_warmup_trains() -> None:
     data = client_of([3, 0, 5, 1])
     few, many = (describe(config_of("warmup", **{"descriptor.warmup-steps": steps}), data) for steps in (1, 5))
     assert not np.allclose(few, many)
+
+
+def test_class_moments_by_hand() -> None:
+    data = client_of([3, 0, 4, 2])
+    descriptor = build_descriptor(config_of("class-moments"), SHAPE, CLASSES)
+    assert isinstance(descriptor, MomentsDescriptor)
+    rows: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: [], 3: []}
+    for position in range(9):
+        image, label = data.train.batch(np.array([position]))
+        rows[int(label)].append(descriptor.encoder(data.normaliser(image)).detach().numpy()[0])
+    roots = [math.sqrt(len(own) / 9) for own in rows.values()]
+    means = [
+        root * np.mean(own, axis=0) if own else np.zeros(5) for root, own in zip(roots, rows.values(), strict=True)
+    ]
+    expected = np.concatenate([roots, *means])
+    np.testing.assert_allclose(descriptor.describe(data), expected / np.linalg.norm(expected), atol=1e-6)
+
+
+def relabelled(data: ClientData, labels: list[int]) -> ClientData:
+    renamed = np.array(labels)[data.train.labels]
+    return replace(data, train=replace(data.train, labels=renamed))
+
+
+def test_standardised_class_moments_group_clients_by_what_they_call_the_classes() -> None:
+    config = config_of("class-moments")
+    pool = np.random.default_rng(0).integers(0, 256, size=(CLASSES, *SHAPE), dtype=np.uint8)
+
+    def client(counts: list[int], labels: list[int], seed: int) -> ClientData:
+        """Images of a class are noisy copies of one pattern."""
+        data = client_of(counts, seed)
+        noise = np.random.default_rng(seed).integers(0, 60, size=data.train.images.shape)
+        images = (0.7 * pool[data.train.labels] + noise).astype(np.uint8)
+        return relabelled(replace(data, train=replace(data.train, images=images)), labels)
+
+    counts = [[9, 3, 6, 5], [2, 8, 7, 4], [6, 6, 1, 9]]
+    clients = [client(own, [0, 1, 2, 3], seed) for seed, own in enumerate(counts)]
+    clients += [client(own, [2, 3, 1, 0], 10 + seed) for seed, own in enumerate(counts)]
+    descriptors = np.stack([describe(config, data) for data in clients])
+    points = Standardiser(build_descriptor(config, SHAPE, CLASSES), descriptors)(descriptors)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2)
+    kinds = np.repeat([0, 1], 3)
+    same = kinds[:, None] == kinds[None]
+    assert distances[same].max() < distances[~same].min()
+    plain = np.linalg.norm(descriptors[:, None] - descriptors[None], axis=2)
+    assert plain[same].max() > plain[~same].min(), "as they are, the descriptors differ by class shares more than that"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_standardised_descriptors_are_centred_and_of_unit_size(name: str) -> None:
+    config = config_of(name)
+    rng = np.random.default_rng(0)
+    clients = [client_of(rng.integers(1, 9, CLASSES).tolist(), seed) for seed in range(6)]
+    descriptors = np.stack([describe(config, data) for data in clients])
+    points = Standardiser(build_descriptor(config, SHAPE, CLASSES), descriptors)(descriptors)
+    assert points.dtype == np.float32
+    assert np.sqrt((points**2).sum(axis=1).mean()) == pytest.approx(1, abs=1e-3)
+    if name != "class-moments":  # whose class means are centred weighted by their roots
+        assert np.abs(points.mean(axis=0)).max() < 1e-5
+
+
+def test_clients_that_are_all_alike_are_at_the_origin() -> None:
+    config, data = config_of("class-moments"), client_of([3, 0, 5, 1])
+    descriptors = np.stack([describe(config, data)] * 3)
+    standardise = Standardiser(build_descriptor(config, SHAPE, CLASSES), descriptors)
+    assert np.flatnonzero(standardise(descriptors)).size == 0

@@ -37,8 +37,9 @@ def small(name: str, seed: int = 0, **changes: int) -> Generator:
 
 
 def trained(name: str, seed: int = 7, **changes: int) -> Generator:
-    """A generator in float64 that is away from its start: every parameter at random."""
+    """A generator in float64 that is away from its start: fitted, every parameter at random."""
     generator = small(name, **changes).double()
+    generator.fit(descriptors(9, seed=4), np.random.default_rng(seed))
     source = rng(seed)
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -101,7 +102,13 @@ def shared_by_hand(phi: dict[str, np.ndarray], v: np.ndarray) -> list[float]:
     return list(phi["theta_0"])
 
 
+def mixture_by_hand(phi: dict[str, np.ndarray], v: np.ndarray) -> list[float]:
+    squares = [sum((a - b) ** 2 for a, b in zip(v, centre, strict=True)) for centre in phi["centres"]]
+    return list(phi["theta_0"] + phi["experts"][squares.index(min(squares))])
+
+
 BY_HAND = {
+    "mixture": mixture_by_hand,
     "modulated": modulated_by_hand,
     "low-rank": low_rank_by_hand,
     "chunked": chunked_by_hand,
@@ -113,7 +120,7 @@ BY_HAND = {
 @every_generator
 def test_generate_equals_the_formula_written_out(name):
     generator = trained(name)
-    phi = {key: parameter.detach().numpy() for key, parameter in generator.named_parameters()}
+    phi = {key: value.numpy() for key, value in generator.state_dict().items()}
     given_descriptors = descriptors(3).double()
     expected = [BY_HAND[name](phi, v) for v in given_descriptors.numpy()]
     assert np.allclose(generator.generate(given_descriptors), expected)
@@ -173,8 +180,8 @@ def test_every_client_starts_from_the_initial_vector(name):
 
 @personal_generators
 def test_away_from_the_start_models_differ_between_descriptors(name):
-    models = trained(name).generate(descriptors(2).double())
-    assert not torch.allclose(models[0], models[1])
+    models = trained(name).generate(descriptors(9, seed=4).double())
+    assert not torch.allclose(models, models[:1].expand_as(models))
 
 
 @personal_generators
@@ -205,11 +212,10 @@ def test_at_the_start_theta_0_gets_the_sum_of_the_cotangents(name):
 @every_generator
 def test_parameters_are_shared_or_personal(name):
     generator = small(name)
-    assert [id(parameter) for parameter in generator.shared_parameters()] == [id(generator.theta_0)]
-    everything = {id(parameter) for parameter in generator.parameters()}
-    personal = {id(parameter) for parameter in generator.personal_parameters()}
-    assert personal == everything - {id(generator.theta_0)}
-    assert bool(personal) == (name != "shared")
+    shared = {"theta_0", "experts"} if name == "mixture" else {"theta_0"}
+    by_name = {id(parameter): key for key, parameter in generator.named_parameters()}
+    assert {by_name[id(parameter)] for parameter in generator.shared_parameters()} == shared
+    assert {by_name[id(parameter)] for parameter in generator.personal_parameters()} == {*by_name.values()} - shared
 
 
 @every_generator
@@ -228,7 +234,7 @@ def test_build_depends_on_the_seed_alone_and_leaves_the_global_state(name):
     torch.manual_seed(2)
     second, other = small(name).state_dict(), small(name, seed=1).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first) == (name != "shared")
+    assert any(not torch.equal(first[key], other[key]) for key in first) == (name not in {"shared", "mixture"})
 
 
 def test_sizes_by_hand():
@@ -237,6 +243,7 @@ def test_sizes_by_hand():
     chunks = math.ceil(n / 7)
     rows, columns, vectors = 3 + 2, 8 + 3, 3 + 3 + 2
     assert {name: small(name).size for name in GENERATORS} == {
+        "mixture": (1 + 4) * n,
         "modulated": n + first_layer + 2 * channels * hidden,
         "low-rank": n + first_layer + (2 * rows + vectors) * hidden + 2 * columns * (hidden + 1),
         "chunked": n + 3 * chunks + first_layer + hidden * 3 + 7 * hidden,
@@ -282,3 +289,26 @@ def test_modulated_above_the_limit_is_told_to_shrink():
 def test_initial_vector_of_another_model_is_refused():
     with pytest.raises(ModelError, match=rf"shape \(3,\) and the layout {LAYOUT.size} parameters"):
         build_generator(GeneratorConfig(), LAYOUT, D, torch.zeros(3), 0)
+
+
+def test_the_clusters_of_a_mixture_are_those_of_the_descriptors():
+    kinds = np.repeat([0, 1, 2], 4)
+    points = torch.from_numpy(10 * np.eye(3, D)[kinds] + np.random.default_rng(0).normal(0, 0.1, (12, D))).float()
+    generator = small("mixture", experts=3)
+    generator.fit(points, np.random.default_rng(0))
+    shares = generator.shares(points).numpy()
+    assert (shares.sum(axis=1) == 1).all()
+    assert np.array_equal(shares @ shares.T, kinds[:, None] == kinds[None])
+    new = generator.shares(points[:1] + 0.3).numpy()
+    assert np.array_equal(new, shares[:1]), "a client that was not there at the start goes to the nearest centre"
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_with_fewer_clients_than_experts_the_rest_stay_unused(clients):
+    generator = small("mixture", experts=4)
+    generator.fit(descriptors(clients), np.random.default_rng(0))
+    assert generator.shares(descriptors(50, seed=5)).sum(dim=0).count_nonzero() <= clients
+
+
+def test_a_mixture_that_saw_nobody_gives_everyone_the_first_expert():
+    assert torch.equal(small("mixture").shares(descriptors(5))[:, 0], torch.ones(5))

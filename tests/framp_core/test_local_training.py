@@ -361,7 +361,7 @@ def test_features_come_in_the_order_of_the_images() -> None:
     model.load(torch.from_numpy(initial(config)))
     normaliser = Normaliser((0.5,), (0.25,))
     features, labels = penultimate_features(model, images, normaliser)
-    assert features.shape == (300, 6)
+    assert features.shape == (INFERENCE_BATCH + 44, 6)
     assert labels.tolist() == images.selected_labels.tolist()
     single, _ = penultimate_features(model, replace(images, indices=images.indices[270:271]), normaliser)
     np.testing.assert_allclose(features[270], single[0], rtol=1e-4, atol=1e-6)

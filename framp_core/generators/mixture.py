@@ -1,0 +1,62 @@
+"""The shared vector plus experts, of which each client gets the one that its descriptor is nearest to."""
+
+import numpy as np
+import torch
+from sklearn.cluster import k_means
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from framp_core.config import GeneratorConfig
+from framp_core.generators.base import Generator
+from framp_core.layout import ParameterLayout
+
+
+class Mixture(Generator):
+    """h(v) = theta_0 + sum_k a_k(v) B_k, with a(v) one-hot at the cluster centre c_k nearest to v.
+
+    The centres are found once, by k-means on the descriptors of the first clients (:meth:`fit`), and the experts B_k
+    start at zero. So the generator is linear in its parameters, and its server step can be averaged per coordinate
+    like that of theta_0: an expert learns the mean of what the shared step leaves unexplained in its own clients
+    (:class:`framp_core.server_update.GeneratorUpdate`). Clients that differ in kind (their labels mean other things,
+    their images are turned) get models that differ as much as it takes, while all of them train theta_0. Clustered
+    federated learning (IFCA, Ghosh et al., NeurIPS 2020) keeps a whole model per cluster instead, and lets every
+    client try all of them.
+    """
+
+    def __init__(self, layout: ParameterLayout, descriptor_size: int, config: GeneratorConfig) -> None:
+        super().__init__(layout, descriptor_size, config)
+        self.config = config
+        self.experts = nn.Parameter(torch.empty(config.experts, layout.size))
+        self.register_buffer("centres", torch.empty(config.experts, descriptor_size))
+        self.centres: Tensor
+
+    def initialise_personal(self, rng: torch.Generator) -> None:
+        """Experts zero; the first centre at the origin and the others nowhere, until :meth:`fit`."""
+        self.experts.zero_()
+        self.centres.fill_(torch.inf)
+        self.centres[0].zero_()
+
+    def fit(self, descriptors: Tensor, rng: np.random.Generator) -> None:
+        """Place the centres by k-means; with fewer different descriptors than experts, some experts stay unused."""
+        found = min(len(self.centres), len(torch.unique(descriptors, dim=0)))
+        points: np.ndarray = descriptors.double().numpy()
+        centres, *_ = k_means(points, found, n_init=20, random_state=int(rng.integers(2**31)))
+        self.centres.fill_(torch.inf)
+        self.centres[:found] = torch.from_numpy(centres)
+
+    def shares(self, descriptors: Tensor) -> Tensor:
+        """a(v), one-hot ``(c, K)``."""
+        squares = (descriptors[:, None] - self.centres).square().sum(dim=2)
+        return F.one_hot(squares.argmin(dim=1), len(self.centres)).to(self.experts.dtype)
+
+    def forward(self, descriptors: Tensor) -> Tensor:
+        """Map ``(c, d)`` to ``(c, n)``."""
+        return self.theta_0 + self.shares(descriptors) @ self.experts
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The shared vector and the experts: both move like weights, by averaged deltas."""
+        return [self.theta_0, self.experts]
+
+    def personal_parameters(self) -> list[nn.Parameter]:
+        """None: there is no network behind the experts."""
+        return []

@@ -1,0 +1,126 @@
+"""What the optimizer of local training moves, and what the network runs meanwhile."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from framp_core.models import FlatModel
+
+
+class KeptWeights:
+    """The kept weights are trained as they are; dropped weights stay zero and get no gradient.
+
+    Attributes:
+        latent: what the optimizer moves, ``(n,)``; its gradient is the network's flat gradient.
+    """
+
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+        model.load(start)
+        self.model, self.kept = model, kept
+        self.latent = model.flat
+
+    def show(self) -> None:
+        """Bring the network up to date with ``latent`` before a step; here it runs ``latent`` anyway."""
+
+    def pull_back(self) -> None:
+        """Turn the gradient with respect to what the network runs into that with respect to ``latent``."""
+        self.model.flat_gradient.mul_(self.kept)
+
+    def finish(self) -> None:
+        """Leave the trained submodel in the network, after the last step."""
+        self.show()
+
+
+class _LatentWeights(KeptWeights):
+    """Base of those whose network runs something else than the optimizer moves."""
+
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+        super().__init__(model, start, kept)
+        self.latent = nn.Parameter(start.clone())
+        self.latent.grad = model.flat_gradient
+
+
+class ThresholdedWeights(_LatentWeights):
+    """FIARSE's threshold-controlled biased gradient descent (Wu et al., NeurIPS 2024, arXiv 2407.19389).
+
+    The network runs ``w = x * M`` with ``M = 1[|x| >= theta]`` on the kept maskable weights and 1 on the
+    always-kept ones. theta is the smallest |x| of a kept maskable weight as received and stays for the round; M
+    follows x, so that a weight which falls below theta drops out. With the mask's derivative taken as
+    ``dM/d|x| = 2 * theta / (|x| + theta)^2`` where M is 1, the gradient with respect to x is
+
+        ``dF/dw * M * (1 + 2 * |x| * theta / (|x| + theta)^2)``,
+
+    a factor in [1, 1.5]: 1.5 at the threshold, 1 far above it. Without momentum and weight decay, as published, a
+    weight that dropped out keeps its value.
+    """
+
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+        super().__init__(model, start, kept)
+        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
+        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).min()
+
+    def show(self) -> None:
+        """Run what is above the threshold."""
+        self.model.load(self.latent.detach() * self._mask())
+
+    def pull_back(self) -> None:
+        """Multiply by the mask and by the mask's own derivative."""
+        super().pull_back()
+        size = self.latent.detach().abs()
+        # 0 / 0 := 0: a threshold of 0, a kept weight that is 0, leaves plain training.
+        share = size / (size + self.threshold).clamp_min(torch.finfo(size.dtype).tiny)
+        self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
+
+    def _mask(self) -> Tensor:
+        """M, bool ``(n,)``; true where the weight is not ranked."""
+        return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
+
+
+class NestedWeights(_LatentWeights):
+    """Some steps train a smaller submodel inside the client's own, so that small sizes learn from large clients.
+
+    Before each step, with probability ``share``, one of the smaller masks is drawn uniformly; else the client's own.
+    The step runs and moves the weights of that mask alone. The masks of smaller sizes are those that the server would
+    cut from the same weights: the largest of the received ones, fixed for the round. Slimmable networks (Yu et al.,
+    ICLR 2019) share weights between widths in this way; here the shared sets are top-k masks.
+
+    Args:
+        model: the network.
+        start: weights as received, zero where dropped, ``(n,)``.
+        kept: the client's own mask, ``(n,)``.
+        smaller: masks of the smaller sizes, bool ``(n,)`` each; none leaves plain training.
+        share: probability of a smaller mask, in [0, 1].
+        rng: draws the masks.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        start: Tensor,
+        kept: Tensor,
+        smaller: Sequence[np.ndarray],
+        share: float,
+        rng: np.random.Generator,
+    ) -> None:
+        super().__init__(model, start, kept)
+        self.smaller = [torch.from_numpy(mask).to(start.device) for mask in smaller]
+        self.share, self.rng = share, rng
+        self.current = kept
+
+    def show(self) -> None:
+        """Draw a mask and run what it keeps."""
+        if self.smaller and self.rng.random() < self.share:
+            self.current = self.smaller[self.rng.integers(len(self.smaller))]
+        else:
+            self.current = self.kept
+        self.model.load(self.latent.detach() * self.current)
+
+    def pull_back(self) -> None:
+        """Keep the gradient of the drawn mask."""
+        self.model.flat_gradient.mul_(self.current)
+
+    def finish(self) -> None:
+        """Leave the client's whole submodel in the network."""
+        self.model.load(self.latent.detach())

@@ -1,0 +1,124 @@
+"""Nested steps: small sizes learn inside large clients, and everything else stays as it is."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from framp_core.config import FrampConfig
+from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data.transforms import Normaliser
+from framp_core.errors import ConfigError
+from framp_core.local_training import LocalResult, batch_positions, train_locally
+from framp_core.masking import extract
+from framp_core.models import FlatModel, build_model, initial_parameters
+
+CLASSES, SHAPE, STEPS = 3, (1, 8, 8), 12
+
+
+@pytest.fixture(autouse=True)
+def _on_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config_of(share: float, sizes: str = "1/16,1/4,1", extraction: str = "global-top-k") -> FrampConfig:
+    return FrampConfig.from_flat(
+        {
+            "capacity.sizes": sizes,
+            "extraction.name": extraction,
+            "model.widths": "4,6",
+            "model.groups": 2,
+            "local.steps": STEPS,
+            "local.batch-size": 5,
+            "local.prior-strength": 0.0,
+            "local.nested-share": share,
+            "local.device": "cpu",
+        }
+    )
+
+
+def client_of(capacity: Fraction) -> ClientData:
+    rng = np.random.default_rng(0)
+    images = LabelledImages(
+        rng.integers(0, 256, size=(20, *SHAPE), dtype=np.uint8), rng.integers(0, CLASSES, 20), np.arange(20)
+    )
+    normaliser = Normaliser((0.5,), (0.25,))
+    return ClientData("client", "train", capacity, CLASSES, SHAPE, normaliser, images, images, images, images, "")
+
+
+def start_of(config: FrampConfig) -> np.ndarray:
+    return initial_parameters(build_model(config.model, SHAPE, CLASSES), seed=3).numpy()
+
+
+def masks_of(config: FrampConfig, sizes: tuple[Fraction, ...]) -> list[np.ndarray]:
+    layout = FlatModel(build_model(config.model, SHAPE, CLASSES)).layout
+    return [extract(start_of(config), layout, config.extraction, size) for size in sizes]
+
+
+def train(config: FrampConfig, capacity: Fraction = Fraction(1)) -> tuple[LocalResult, FlatModel]:
+    model = FlatModel(build_model(config.model, SHAPE, CLASSES))
+    (mask,) = masks_of(config, (capacity,))
+    rng = np.random.default_rng(7)
+    return train_locally(model, start_of(config), mask, client_of(capacity), config, rng, None), model
+
+
+@pytest.mark.parametrize("extraction", ["global-top-k", "layer-top-k"])
+@pytest.mark.parametrize("capacity", [Fraction(1), Fraction(1, 4)])
+def test_nested_steps_by_hand(capacity: Fraction, extraction: str) -> None:
+    config = config_of(0.6, extraction=extraction)
+    own, *smaller = masks_of(config, (capacity, *(size for size in config.capacity.sizes if size < capacity)))
+    rng = np.random.default_rng(7)
+    draws = np.random.default_rng(7).spawn(1)[0]
+    network, normaliser = build_model(config.model, SHAPE, CLASSES), client_of(capacity).normaliser
+    start = torch.from_numpy(start_of(config) * own)
+    weights, chosen = start.clone(), []
+    for positions in batch_positions(20, 5, STEPS, rng):
+        mask = smaller[draws.integers(len(smaller))] if draws.random() < 0.6 else own
+        chosen.append(int(mask.sum()))
+        vector_to_parameters(weights * torch.from_numpy(mask), network.parameters())
+        images, labels = client_of(capacity).train.batch(positions)
+        network.zero_grad()
+        F.cross_entropy(network(normaliser(images))[0], labels).backward()
+        gradient = parameters_to_vector([parameter.grad for parameter in network.parameters()])
+        weights = weights - config.local.learning_rate * gradient * torch.from_numpy(mask)
+    assert len(set(chosen)) == 1 + len(smaller), "every size must occur"
+    result, model = train(config, capacity)
+    np.testing.assert_allclose(result.delta, (weights - start).numpy(), atol=1e-6)
+    np.testing.assert_allclose(model.flat.detach().numpy(), weights.numpy(), atol=1e-6)
+
+
+def test_a_share_of_one_never_moves_what_no_smaller_size_keeps() -> None:
+    config = config_of(1.0, "1/4,1")
+    (quarter,) = masks_of(config, (Fraction(1, 4),))
+    assert np.flatnonzero(train(config)[0].delta[~quarter]).size == 0
+    assert np.flatnonzero(train(config_of(0.5, "1/4,1"))[0].delta[~quarter]).size > 0
+
+
+def test_the_smallest_client_trains_as_without_nesting_bit_for_bit() -> None:
+    smallest = Fraction(1, 16)
+    nested, plain = train(config_of(0.5), smallest)[0], train(config_of(0.0), smallest)[0]
+    np.testing.assert_array_equal(nested.delta, plain.delta)
+    assert not np.array_equal(train(config_of(0.5))[0].delta, train(config_of(0.0))[0].delta)
+
+
+def test_a_client_without_a_mask_trains_as_without_nesting_bit_for_bit() -> None:
+    deltas = []
+    for share in (0.0, 0.5):
+        config = config_of(share)
+        model, rng = FlatModel(build_model(config.model, SHAPE, CLASSES)), np.random.default_rng(7)
+        deltas.append(train_locally(model, start_of(config), None, client_of(Fraction(1)), config, rng, None).delta)
+    np.testing.assert_array_equal(*deltas)
+
+
+def test_sizes_of_the_run_that_are_not_smaller_play_no_part() -> None:
+    with_larger, without = config_of(0.5, "1/16,1/4,1"), config_of(0.5, "1/16,1/4")
+    quarter = Fraction(1, 4)
+    np.testing.assert_array_equal(train(with_larger, quarter)[0].delta, train(without, quarter)[0].delta)
+
+
+def test_nesting_and_the_threshold_gradient_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"local.nested-share.*local.threshold-gradient"):
+        FrampConfig.from_flat({"local.nested-share": 0.5, "local.threshold-gradient": True})
