@@ -2,14 +2,17 @@
 
 A selection is a bool vector over the hidden channels of all groups, group after group (``ParameterLayout.hidden``).
 The mask it gives is, tensor by tensor, the outer product of the kept rows and the kept columns; image channels and
-classes are always whole, and the biases and norm parameters of dropped channels are dropped with them. Channels keep
-their order, so ``theta[mask]`` is the flat vector of the same architecture with fewer channels.
+classes are always whole, and the biases and norm parameters of dropped channels are dropped with them. A layer whose
+input group keeps nothing is dropped with its bias, which is how a network ends at an early exit. Channels keep their
+order, so ``theta[mask]`` is the flat vector of the same architecture with fewer channels and, maybe, fewer stages.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 
@@ -17,22 +20,98 @@ from framp_core.errors import MaskMismatchError, ModelError
 from framp_core.layout import CLASSES, ParameterLayout
 from framp_core.prototypes import Prototypes
 
+WIDTH_STEPS = 32
+"""Widths of a network with early exits are multiples of 1/32: fine enough to meet a budget within some percent."""
 
-def kept_channels(channels: int, capacity: Fraction) -> int:
-    """Channels that a client holds of a group: ``ceil(sqrt(capacity) * channels)``, exact in whole numbers.
 
-    A layer's weights grow with the product of its input and output channels, so a width of ``sqrt(capacity)`` leaves
-    about ``capacity`` of the parameters; rounding up, the input and the head make it somewhat more.
+@dataclass(frozen=True)
+class SlimSize:
+    """How much of the network a client holds.
+
+    Attributes:
+        squared_width: r squared, where r in (0, 1] is the share of the channels that is left of every group.
+        exits: number of heads, counted from the input; the network ends at the last of them.
+    """
+
+    squared_width: Fraction
+    exits: int
+
+
+def kept_channels(channels: int, squared_width: Fraction) -> int:
+    """Channels that are left of a group: ``ceil(sqrt(squared_width) * channels)``, exact in whole numbers.
 
     Args:
         channels: C, at least 1.
+        squared_width: square of the width ratio, in (0, 1].
+    """
+    return 1 + math.isqrt(math.ceil(squared_width * channels**2) - 1)
+
+
+@lru_cache(maxsize=64)
+def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
+    """Width and depth for a capacity, the same on server and client since it follows from the layout alone.
+
+    With one exit the width is ``sqrt(capacity)``, HeteroFL's: a layer's weights grow with the product of its input and
+    output channels, so that about ``capacity`` of them is left; rounding up, the input and the head make it somewhat
+    more. Capacity 1 is the whole network, early exits included.
+
+    Otherwise (ScaleFL) about half of the cut comes from either axis, on a logarithmic scale: leaving out the stages
+    beyond exit e divides the weights by ``d_e = n / held(e, 1)``, and e is the exit whose d_e is nearest
+    ``sqrt(1 / capacity)``, the deeper of equals. The width is the multiple r of 1 / ``WIDTH_STEPS`` for which
+    ``held(e, r)`` is nearest ``capacity * n``, the smaller of equals. Here ``held`` counts the maskable weights of a
+    submodel, its exits among them, and n those of the network without early exits, of which the capacities of all
+    methods are fractions. The nearest (e, r) of all pairs would leave depth to the rounding of widths: along
+    ``r^2 = capacity * d_e`` every exit meets the budget, and a small client could get one wide stage. The published
+    sizes (widths 0.7, 0.7, 0.75, 1 at exits 1 to 4) cut both axes as well.
+
+    Args:
+        layout: description of the full model.
+        capacity: gamma in (0, 1].
+
+    Raises:
+        ModelError: the network does not describe its channels.
+    """
+    _hidden(layout)
+    exits = len(layout.exits)
+    if exits == 1 or capacity == 1:
+        return SlimSize(capacity, exits)
+    weights = layout.maskable_size - _early_exit_weights(layout)
+    depth = min(
+        range(exits, 0, -1),
+        key=lambda exit_: abs(weights / _held_weights(layout, exit_, WIDTH_STEPS) - math.sqrt(1 / capacity)),
+    )
+    held, budget = partial(_held_weights, layout, depth), capacity * weights
+    wider = 1 + bisect_left(range(1, WIDTH_STEPS), budget, key=held)
+    steps = min(range(max(1, wider - 1), wider + 1), key=lambda number: abs(held(number) - budget))
+    return SlimSize(Fraction(steps, WIDTH_STEPS) ** 2, depth)
+
+
+def held_channels(layout: ParameterLayout, size: SlimSize) -> dict[str, int]:
+    """Channels that a submodel keeps of each hidden group; none of the groups beyond its last exit."""
+    needed = layout.exits[size.exits - 1]
+    return {
+        group: kept_channels(channels, size.squared_width) if group in needed else 0
+        for group, channels in _hidden(layout).items()
+    }
+
+
+def slim_widths(widths: Sequence[int], layout: ParameterLayout, capacity: Fraction) -> tuple[int, ...]:
+    """Channels left of each stage of a network of these widths, for the stages that a client holds.
+
+    Args:
+        widths: channels of every stage of the full network.
+        layout: description of the full network.
         capacity: gamma in (0, 1].
     """
-    return 1 + math.isqrt(math.ceil(capacity * channels**2) - 1)
+    size = slim_size(layout, capacity)
+    stages = len(widths) - (len(layout.exits) - size.exits)
+    return tuple(kept_channels(channels, size.squared_width) for channels in widths[:stages])
 
 
 def window(layout: ParameterLayout, capacity: Fraction, shift: int = 0) -> np.ndarray:
-    """Select ``kept_channels`` consecutive channels of every group, starting at ``shift`` and wrapping around.
+    """Select consecutive channels of every group that a client holds, starting at ``shift`` and wrapping around.
+
+    How many is :func:`slim_size`'s to say.
 
     Args:
         layout: description of the full model.
@@ -45,10 +124,14 @@ def window(layout: ParameterLayout, capacity: Fraction, shift: int = 0) -> np.nd
     Raises:
         ModelError: the network does not describe its channels.
     """
-    groups = []
-    for channels in _hidden(layout).values():
+    return _window(layout, slim_size(layout, capacity), shift)
+
+
+def _window(layout: ParameterLayout, size: SlimSize, shift: int = 0) -> np.ndarray:
+    held, groups = held_channels(layout, size), []
+    for group, channels in _hidden(layout).items():
         kept = np.zeros(channels, dtype=bool)
-        kept[(shift + np.arange(kept_channels(channels, capacity))) % channels] = True
+        kept[(shift + np.arange(held[group])) % channels] = True
         groups.append(kept)
     return np.concatenate(groups)
 
@@ -135,4 +218,19 @@ def _kept_axes(layout: ParameterLayout, selection: np.ndarray) -> Iterator[list[
         if slot.coupling:
             for axis, group in enumerate((slot.coupling.rows, slot.coupling.columns)[: len(axes)]):
                 axes[axis] = kept.get(group, axes[axis])
+            if not kept.get(slot.coupling.columns, np.True_).any():
+                axes[0] = np.zeros_like(axes[0])
         yield axes
+
+
+def _early_exit_weights(layout: ParameterLayout) -> int:
+    """Maskable weights of all heads but the last."""
+    heads = [slot.size for slot in layout.slots if slot.maskable and slot.coupling and slot.coupling.rows == CLASSES]
+    return sum(heads[:-1])
+
+
+def _held_weights(layout: ParameterLayout, exits: int, steps: int) -> int:
+    """Maskable weights of a submodel with a width of ``steps / WIDTH_STEPS``, those of its exits among them."""
+    size = SlimSize(Fraction(steps, WIDTH_STEPS) ** 2, exits)
+    kept = kept_sizes(layout, _window(layout, size))
+    return sum(number for slot, number in zip(layout.slots, kept, strict=True) if slot.maskable)
