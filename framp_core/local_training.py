@@ -106,8 +106,8 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: logits ``(batch, C)``.
         teacher: logits ``(batch, C)``.
     """
-    log_student, log_teacher = (F.log_softmax(logits / DISTILLATION_TEMPERATURE, dim=1) for logits in (student, teacher))
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).mean()
+    softened = (F.log_softmax(logits / DISTILLATION_TEMPERATURE, dim=1) for logits in (student, teacher))
+    divergence = F.kl_div(*softened, reduction="none", log_target=True).mean()
     return DISTILLATION_TEMPERATURE**2 * divergence
 
 
