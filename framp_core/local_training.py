@@ -106,9 +106,9 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: logits ``(batch, C)``.
         teacher: logits ``(batch, C)``.
     """
-    softened = (F.log_softmax(logits / DISTILLATION_TEMPERATURE, dim=1) for logits in (student, teacher))
-    divergence = F.kl_div(*softened, reduction="none", log_target=True).mean()
-    return DISTILLATION_TEMPERATURE**2 * divergence
+    softened = F.log_softmax(student / DISTILLATION_TEMPERATURE, dim=1)
+    target = F.log_softmax(teacher / DISTILLATION_TEMPERATURE, dim=1)
+    return DISTILLATION_TEMPERATURE**2 * F.kl_div(softened, target, reduction="none", log_target=True).mean()
 
 
 class _Objective:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 
 import numpy as np
 
@@ -55,14 +55,15 @@ def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
     output channels, so that about ``capacity`` of them is left; rounding up, the input and the head make it somewhat
     more. Capacity 1 is the whole network, early exits included.
 
-    Otherwise (ScaleFL) about half of the cut comes from either axis, on a logarithmic scale: leaving out the stages
-    beyond exit e divides the weights by ``d_e = n / held(e, 1)``, and e is the exit whose d_e is nearest
-    ``sqrt(1 / capacity)``, the deeper of equals. The width is the multiple r of 1 / ``WIDTH_STEPS`` for which
-    ``held(e, r)`` is nearest ``capacity * n``, the smaller of equals. Here ``held`` counts the maskable weights of a
-    submodel, its exits among them, and n those of the network without early exits, of which the capacities of all
-    methods are fractions. The nearest (e, r) of all pairs would leave depth to the rounding of widths: along
-    ``r^2 = capacity * d_e`` every exit meets the budget, and a small client could get one wide stage. The published
-    sizes (widths 0.7, 0.7, 0.75, 1 at exits 1 to 4) cut both axes as well.
+    Otherwise (ScaleFL) depth and width divide the weights by about the same factor. Leaving out the stages beyond exit
+    e divides them by ``d_e = n / held(e, 1)``, and e is the exit whose d_e is nearest ``sqrt(1 / capacity)``, the
+    deeper of equals. The width is the multiple r of 1 / ``WIDTH_STEPS`` for which ``held(e, r)`` is nearest
+    ``capacity * n``, the smaller of equals. Here ``held`` counts the maskable weights of a submodel, its exits among
+    them, and n those of the network without early exits, of which the capacities of all methods are fractions.
+
+    The nearest of all pairs (e, r) would leave the depth to the rounding of widths: with ``r^2 = capacity * d_e``
+    several exits meet a budget, and a small client could get one wide stage or all stages at a few channels. The
+    published sizes (widths 0.7, 0.7, 0.75, 1 at exits 1 to 4) cut both axes as well.
 
     Args:
         layout: description of the full model.
@@ -75,15 +76,10 @@ def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
     exits = len(layout.exits)
     if exits == 1 or capacity == 1:
         return SlimSize(capacity, exits)
-    weights = layout.maskable_size - _early_exit_weights(layout)
-    depth = min(
-        range(exits, 0, -1),
-        key=lambda exit_: abs(weights / _held_weights(layout, exit_, WIDTH_STEPS) - math.sqrt(1 / capacity)),
-    )
-    held, budget = partial(_held_weights, layout, depth), capacity * weights
-    wider = 1 + bisect_left(range(1, WIDTH_STEPS), budget, key=held)
-    steps = min(range(max(1, wider - 1), wider + 1), key=lambda number: abs(held(number) - budget))
-    return SlimSize(Fraction(steps, WIDTH_STEPS) ** 2, depth)
+    weights, factor = layout.maskable_size - _early_exit_weights(layout), math.sqrt(1 / capacity)
+    distances = [abs(weights / _held_weights(layout, exit_, Fraction(1)) - factor) for exit_ in range(exits, 0, -1)]
+    depth = exits - distances.index(min(distances))
+    return SlimSize(_nearest_width(layout, depth, capacity * weights) ** 2, depth)
 
 
 def held_channels(layout: ParameterLayout, size: SlimSize) -> dict[str, int]:
@@ -229,8 +225,16 @@ def _early_exit_weights(layout: ParameterLayout) -> int:
     return sum(heads[:-1])
 
 
-def _held_weights(layout: ParameterLayout, exits: int, steps: int) -> int:
-    """Maskable weights of a submodel with a width of ``steps / WIDTH_STEPS``, those of its exits among them."""
-    size = SlimSize(Fraction(steps, WIDTH_STEPS) ** 2, exits)
-    kept = kept_sizes(layout, _window(layout, size))
-    return sum(number for slot, number in zip(layout.slots, kept, strict=True) if slot.maskable)
+def _held_weights(layout: ParameterLayout, exits: int, width: Fraction) -> Fraction:
+    """Maskable weights of a submodel, those of its exits among them; a whole number."""
+    kept = kept_sizes(layout, _window(layout, SlimSize(width**2, exits)))
+    return Fraction(sum(number for slot, number in zip(layout.slots, kept, strict=True) if slot.maskable))
+
+
+def _nearest_width(layout: ParameterLayout, exits: int, budget: Fraction) -> Fraction:
+    """Multiple of 1 / ``WIDTH_STEPS`` whose weights are nearest the budget, the smaller of equals; weights grow with it."""
+    widths = [Fraction(steps, WIDTH_STEPS) for steps in range(1, WIDTH_STEPS + 1)]
+    place = bisect_left(widths[:-1], budget, key=lambda width: _held_weights(layout, exits, width))
+    return min(
+        widths[max(0, place - 1) : place + 1], key=lambda width: abs(_held_weights(layout, exits, width) - budget)
+    )
