@@ -232,7 +232,7 @@ def _held_weights(layout: ParameterLayout, exits: int, width: Fraction) -> Fract
 
 
 def _nearest_width(layout: ParameterLayout, exits: int, budget: Fraction) -> Fraction:
-    """Multiple of 1 / ``WIDTH_STEPS`` whose weights are nearest the budget, the smaller of equals; weights grow with it."""
+    """Multiple of 1 / ``WIDTH_STEPS`` with the weights nearest the budget, the smaller of equals; they grow with it."""
     widths = [Fraction(steps, WIDTH_STEPS) for steps in range(1, WIDTH_STEPS + 1)]
     place = bisect_left(widths[:-1], budget, key=lambda width: _held_weights(layout, exits, width))
     return min(
