@@ -26,7 +26,7 @@ from framp_core.local_training import (
 from framp_core.models import FlatModel, build_model
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
-from framp_core.structured import held_classes, kept_channels
+from framp_core.structured import held_classes, slim_widths
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _flat_model(
     device: torch.device,
     kept: tuple[int, ...] | None = None,
 ) -> FlatModel:
-    """One network per process and width: every message overwrites all of its parameters."""
+    """One network per process and size: every message overwrites all of its parameters."""
     return FlatModel(build_model(config, shape, classes, kept), device)
 
 
@@ -208,8 +208,9 @@ class Client:
 
     def _read_slim(self, payload: bytes) -> tuple[FlatModel, Submodel]:
         config, shape, classes, capacity = self.config.model, self.data.shape, self.data.classes, self.data.capacity
-        slim = decode_slim(payload, _full_layout(config, shape, classes), capacity)
-        kept = tuple(kept_channels(channels, capacity) for channels in config.widths)
+        layout = _full_layout(config, shape, classes)
+        slim = decode_slim(payload, layout, capacity)
+        kept = slim_widths(config.widths, layout, capacity)
         model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 

@@ -149,6 +149,11 @@ class ModelConfig(_Section):
     name: Literal["conv", "resnet18", "mlp"] = "conv"
     widths: Widths = (16, 32, 64)
     groups: int = Field(8, ge=1, description="groups of GroupNorm")
+    exits: int = Field(
+        1,
+        ge=0,
+        description="the last so many stages end in a classifier (ScaleFL); 1: the head alone, 0: every stage",
+    )
 
 
 class DescriptorConfig(_Section):
@@ -208,6 +213,9 @@ class LocalConfig(_Section):
     )
     masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
     threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")
+    distillation_weight: float = Field(
+        0.0, ge=0, description="ScaleFL: gamma of the distillation from the deepest exit into the earlier ones; 0: off"
+    )
     threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -280,7 +288,7 @@ class OutputConfig(_Section):
 class FrampConfig(_Section):
     """The whole configuration of a run."""
 
-    method: Literal["framp", "fiarse", "heterofl", "fedrolex", "local"] = Field(
+    method: Literal["framp", "fiarse", "heterofl", "fedrolex", "scalefl", "local"] = Field(
         "framp", description="the strategy; what its paper fixes besides stands in framp_core/methods.py"
     )
     seed: int = Field(0, ge=0, description="root of every random stream")

@@ -138,6 +138,18 @@ class ParameterLayout:
         }
 
     @cached_property
+    def exits(self) -> list[frozenset[str]]:
+        """Hidden groups that each head needs, the shallowest head first; one entry without early exits.
+
+        They are those of all layers up to the last one that writes what the head reads.
+        """
+        layers = [slot.coupling for slot in self.slots if slot.coupling]
+        written = [coupling.rows for coupling in layers if coupling.rows != CLASSES]
+        ends = {group: position for position, group in enumerate(written, start=1)}
+        read = dict.fromkeys(coupling.columns for coupling in layers if coupling.rows == CLASSES)
+        return [frozenset(written[: ends.get(group, 0)]) for group in read]
+
+    @cached_property
     def hidden_size(self) -> int:
         """Number of hidden channels of all groups together."""
         return sum(self.hidden.values())

@@ -1,6 +1,6 @@
 """What a client computes: training of its submodel, clean-pass prototypes, accuracy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 
 INFERENCE_BATCH = 64
+DISTILLATION_TEMPERATURE = 3.0
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,29 @@ def batch_positions(examples: int, batch_size: int, steps: int, rng: np.random.G
     return order[: steps * size].reshape(steps, size)
 
 
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over all elements, with T = 3.
+
+    As in ScaleFL's released code the mean is over images and classes, and the teacher gets a gradient as well.
+
+    Args:
+        student: logits ``(batch, C)``.
+        teacher: logits ``(batch, C)``.
+    """
+    softened = F.log_softmax(student / DISTILLATION_TEMPERATURE, dim=1)
+    target = F.log_softmax(teacher / DISTILLATION_TEMPERATURE, dim=1)
+    return DISTILLATION_TEMPERATURE**2 * F.kl_div(softened, target, reduction="none", log_target=True).mean()
+
+
 class _Objective:
     """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``.
 
     With ``masked_cross_entropy`` the logits of the classes that the client has no image of are 0 before the rest
     (HeteroFL, Diao et al. 2021): they still count in the softmax, and get no gradient.
+
+    In a network of m exits the cross-entropy is the mean over exits j = 1..m with weights j / (m (m + 1) / 2) of
+    ``CE_j + gamma * distillation_loss(z_j, z_m)``, the latter for j < m, where gamma is ``distillation_weight`` and z_j
+    are the logits of exit j as they come (ScaleFL, Ilhan et al. 2023).
     """
 
     def __init__(
@@ -117,13 +136,20 @@ class _Objective:
             means, present = prototypes.dense(data.classes)
             self.targets = torch.from_numpy(means).to(device), torch.from_numpy(present).to(device)
 
-    def __call__(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        if self.absent is not None:
-            logits = logits.masked_fill(self.absent, 0.0)
-        loss = F.cross_entropy(logits + self.offset, labels)
+    def __call__(self, exits: Sequence[Tensor], features: Tensor, labels: Tensor) -> Tensor:
+        losses = [self._of_exit(logits, exits[-1], labels) for logits in exits]
+        weighted = torch.stack([depth * loss for depth, loss in enumerate(losses, start=1)])
+        loss = weighted.sum() / (len(exits) * (len(exits) + 1) / 2)
         if self.targets is not None:
             alignment = alignment_loss(features, labels, *self.targets, self.config.alignment_distance)
             loss = loss + self.config.alignment_weight * alignment
+        return loss
+
+    def _of_exit(self, logits: Tensor, deepest: Tensor, labels: Tensor) -> Tensor:
+        masked = logits if self.absent is None else logits.masked_fill(self.absent, 0.0)
+        loss = F.cross_entropy(masked + self.offset, labels)
+        if logits is not deepest and self.config.distillation_weight > 0:
+            loss = loss + self.config.distillation_weight * distillation_loss(logits, deepest)
         return loss
 
 
@@ -143,6 +169,7 @@ def train_locally(
     logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
     class prior, and :func:`framp_core.prototypes.alignment_loss`. Dropped weights are zero, get no gradient and stay
     zero, also under momentum and weight decay. ``local.masked_cross_entropy`` is HeteroFL's loss,
+    ``local.distillation_weight`` ScaleFL's distillation between the exits of a network that has several;
     ``local.nested_share`` trains nested smaller sizes too (:mod:`framp_core.local_weights`), and
     ``local.threshold_gradient`` is FIARSE's gradient, under which a kept weight that falls below the round's
     threshold is left out of ``model`` and yet keeps its value in the delta.
@@ -171,7 +198,7 @@ def train_locally(
     for inputs, labels in _training_batches(data, config, rng, steps or local.steps, device):
         weights.show()
         model.flat_gradient.zero_()
-        loss = objective(*model(inputs), labels)
+        loss = objective(*model.all_exits(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         weights.pull_back()
         optimizer.step()

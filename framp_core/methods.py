@@ -64,6 +64,11 @@ _PUBLISHED = {
     ),
     "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
     "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
+    "scalefl": Method(
+        "ScaleFL",
+        {**GLOBAL_MODEL, "method": "scalefl", "model.exits": 0, "local.distillation-weight": 0.05},
+        "Ilhan et al., CVPR 2023; distillation as in the released command for AG News, the code's default is 0",
+    ),
     "fedavg": Method(
         "FedAvg (full size)",
         {**GLOBAL_MODEL, "extraction.name": "full", "server.weighting": "examples"},

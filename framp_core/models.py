@@ -14,20 +14,35 @@ from framp_core.randomness import stream
 
 
 class FeaturesAndHead(nn.Module):
-    """A network f followed by a linear head.
+    """A network f followed by a linear head, and early exits on the way if asked for.
+
+    An early exit is an average pool over the image and a linear layer. ScaleFL's released code puts three 3x3
+    convolutions in between; at the width of their stages these would hold 2.3 M weights beside the 11.2 M of a
+    ResNet-18, 0.11 M beside the 0.15 M of its first stage, and outweigh small networks outright.
+
+    The flat vector holds features, early exits and head in this order, so that the network which ends at an early exit
+    is described by a part of it, in order: that exit is its head.
 
     Args:
         features: maps a batch of inputs to penultimate features ``(batch, feature_size)``.
         feature_size: width of the penultimate features.
         classes: number of classes.
         couplings: channel groups of every layer with parameters, for methods that slice channels; empty if unknown.
+        early: channels that each early exit reads, by the position in ``features`` of the layer that writes them.
     """
 
     def __init__(
-        self, features: nn.Module, feature_size: int, classes: int, couplings: Mapping[str, Coupling] | None = None
+        self,
+        features: nn.Sequential,
+        feature_size: int,
+        classes: int,
+        couplings: Mapping[str, Coupling] | None = None,
+        early: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.early = dict(early or {})
         self.features = features
+        self.exits = nn.ModuleDict({str(place): nn.Linear(width, classes) for place, width in self.early.items()})
         self.head = nn.Linear(feature_size, classes)
         self.feature_size = feature_size
         self.couplings = dict(couplings or {})
@@ -36,6 +51,16 @@ class FeaturesAndHead(nn.Module):
         """Return logits ``(batch, classes)`` and penultimate features ``(batch, feature_size)``."""
         features = self.features(inputs)
         return self.head(features), features
+
+    def all_exits(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the logits of every exit, the head's last, and the penultimate features."""
+        logits, hidden = [], inputs
+        for place, layer in enumerate(self.features):
+            hidden = layer(hidden)
+            if place in self.early:
+                pooled = F.adaptive_avg_pool2d(hidden, 1).flatten(1) if hidden.dim() == 4 else hidden
+                logits.append(self.exits[str(place)](pooled))
+        return [*logits, self.head(hidden)], hidden
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -114,9 +139,10 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(channels: int, widths: Sequence[int], groups: Sequence[int]) -> nn.Sequential:
-    """ResNet-18 with a CIFAR stem (3x3, stride 1, no pooling): 11,173,962 parameters with a head of 10 classes."""
-    if len(widths) != 4:
-        raise ModelError(f"resnet18 has four stages; model.widths gives {len(widths)}: {tuple(widths)}")
+    """ResNet-18 with a CIFAR stem (3x3, stride 1, no pooling): 11,173,962 parameters with a head of 10 classes.
+
+    Fewer than four widths build its first stages.
+    """
     stem = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), _norm(widths[0], groups[0]), nn.ReLU()]
     blocks: list[nn.Module] = []
     for stage, (narrow, wide) in enumerate(pairwise((widths[0], *widths))):
@@ -127,7 +153,13 @@ def resnet18(channels: int, widths: Sequence[int], groups: Sequence[int]) -> nn.
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _couplings(features: nn.Sequential) -> dict[str, Coupling]:
+def _stage_ends(features: nn.Sequential) -> list[int]:
+    """Positions of the layers that end a stage: every second residual block; without such blocks, every ReLU."""
+    blocks = [place for place, layer in enumerate(features) if isinstance(layer, BasicBlock)]
+    return blocks[1::2] or [place for place, layer in enumerate(features) if isinstance(layer, nn.ReLU)]
+
+
+def _couplings(features: nn.Sequential, early: Mapping[int, int]) -> dict[str, Coupling]:
     """Channel groups of the architectures of this file: every convolution or linear layer opens one."""
     couplings: dict[str, Coupling] = {}
     group = INPUT
@@ -141,6 +173,8 @@ def _couplings(features: nn.Sequential) -> dict[str, Coupling]:
             group = name
         elif isinstance(layer, nn.GroupNorm):
             couplings[name] = Coupling(group)
+        if int(child) in early:
+            couplings[f"exits.{child}"] = Coupling(CLASSES, group)
     return couplings | {"head": Coupling(CLASSES, group)}
 
 
@@ -150,19 +184,22 @@ def build_model(
     """Build the client architecture.
 
     Args:
-        config: name, widths and normalisation groups.
+        config: name, widths, normalisation groups and exits.
         input_shape: channels, height and width of an image.
         classes: number of classes of the head.
         kept: channels left of each of ``config.widths``, for a slimmer network of the same architecture whose
-            normalisation groups are those of :func:`slim_groups`; None builds the full one.
+            normalisation groups are those of :func:`slim_groups`; of the first ones alone for a network that ends at
+            an early exit. None builds the full one.
 
     Raises:
-        ModelError: the widths do not fit the architecture or the groups.
+        ModelError: the widths do not fit the architecture or the groups, or there are more exits than stages.
     """
     channels, height, width = input_shape
-    widths, groups = config.widths, [config.groups] * len(config.widths)
+    stages = len(config.widths)
+    _require_stages(config)
+    widths, groups = config.widths, [config.groups] * stages
     if kept is not None:
-        groups = [slim_groups(full, left, config.groups) for full, left in zip(widths, kept, strict=True)]
+        groups = [slim_groups(full, left, config.groups) for full, left in zip(widths[: len(kept)], kept, strict=True)]
         widths = tuple(kept)
     if config.name == "conv":
         features = conv_net(channels, widths, groups, min(height, width))
@@ -170,19 +207,32 @@ def build_model(
         features = resnet18(channels, widths, groups)
     else:
         features = mlp(channels * height * width, widths)
-    return FeaturesAndHead(features, widths[-1], classes, _couplings(features))
+    ends = list(zip(_stage_ends(features), widths, strict=True))[:-1]
+    early = dict(ends[stages - (config.exits or stages) :])
+    return FeaturesAndHead(features, widths[-1], classes, _couplings(features, early), early)
+
+
+def _require_stages(config: ModelConfig) -> None:
+    stages = len(config.widths)
+    if config.name == "resnet18" and stages != 4:
+        raise ModelError(f"resnet18 has four stages; model.widths gives {stages}: {config.widths}")
+    if config.exits > stages:
+        raise ModelError(
+            f"model.exits={config.exits}, and {config.name} with model.widths={','.join(map(str, config.widths))} has "
+            f"{stages} stages; choose 1 (the head alone) to {stages}, or 0 for one exit per stage"
+        )
 
 
 def initial_parameters(model: nn.Module, seed: int) -> Tensor:
     """A freshly initialised flat vector ``(n,)`` that depends on ``seed`` alone.
 
-    Maskable weights: N(0, 2 / fan_in) (He et al. 2015), the head: N(0, 1 / fan_in). Norm gains are 1, biases 0.
+    Maskable weights: N(0, 2 / fan_in) (He et al. 2015), head and exits: N(0, 1 / fan_in). Norm gains are 1, biases 0.
     """
     values = []
     slots = ParameterLayout.of(model).slots
     for position, slot in enumerate(slots):
         if slot.maskable:
-            gain = 1.0 if slot.name.startswith("head.") else 2.0
+            gain = 1.0 if slot.name.startswith(("head.", "exits.")) else 2.0
             scale = (gain / slot.fan_in) ** 0.5
             draw = stream(seed, "initial-parameters", position).normal(0.0, scale, slot.size)
             values.append(torch.from_numpy(draw.astype("float32")))
@@ -225,6 +275,10 @@ class FlatModel:
             self.flat.copy_(parameters)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and penultimate features of a batch."""
+        """Logits of the head and penultimate features of a batch."""
         logits, features = self.model(inputs)
         return logits, features
+
+    def all_exits(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Logits of every exit, the head's last, and penultimate features of a batch."""
+        return self.model.all_exits(inputs)

@@ -2,14 +2,17 @@
 
 A selection is a bool vector over the hidden channels of all groups, group after group (``ParameterLayout.hidden``).
 The mask it gives is, tensor by tensor, the outer product of the kept rows and the kept columns; image channels and
-classes are always whole, and the biases and norm parameters of dropped channels are dropped with them. Channels keep
-their order, so ``theta[mask]`` is the flat vector of the same architecture with fewer channels.
+classes are always whole, and the biases and norm parameters of dropped channels are dropped with them. A layer whose
+input group keeps nothing is dropped with its bias, which is how a network ends at an early exit. Channels keep their
+order, so ``theta[mask]`` is the flat vector of the same architecture with fewer channels and, maybe, fewer stages.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 
 import numpy as np
 
@@ -17,22 +20,94 @@ from framp_core.errors import MaskMismatchError, ModelError
 from framp_core.layout import CLASSES, ParameterLayout
 from framp_core.prototypes import Prototypes
 
+WIDTH_STEPS = 32
+"""Widths of a network with early exits are multiples of 1/32: fine enough to meet a budget within some percent."""
 
-def kept_channels(channels: int, capacity: Fraction) -> int:
-    """Channels that a client holds of a group: ``ceil(sqrt(capacity) * channels)``, exact in whole numbers.
 
-    A layer's weights grow with the product of its input and output channels, so a width of ``sqrt(capacity)`` leaves
-    about ``capacity`` of the parameters; rounding up, the input and the head make it somewhat more.
+@dataclass(frozen=True)
+class SlimSize:
+    """How much of the network a client holds.
+
+    Attributes:
+        squared_width: r squared, where r in (0, 1] is the share of the channels that is left of every group.
+        exits: number of heads, counted from the input; the network ends at the last of them.
+    """
+
+    squared_width: Fraction
+    exits: int
+
+
+def kept_channels(channels: int, squared_width: Fraction) -> int:
+    """Channels that are left of a group: ``ceil(sqrt(squared_width) * channels)``, exact in whole numbers.
 
     Args:
         channels: C, at least 1.
+        squared_width: square of the width ratio, in (0, 1].
+    """
+    return 1 + math.isqrt(math.ceil(squared_width * channels**2) - 1)
+
+
+@lru_cache(maxsize=64)
+def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
+    """Width and depth for a capacity, the same on server and client since it follows from the layout alone.
+
+    With one exit the width is ``sqrt(capacity)``, HeteroFL's: a layer's weights grow with the product of its input and
+    output channels, so that about ``capacity`` of them is left; rounding up, the input and the head make it somewhat
+    more. Capacity 1 is the whole network, early exits included.
+
+    Otherwise (ScaleFL) depth and width divide the weights by about the same factor. Leaving out the stages beyond exit
+    e divides them by ``d_e = n / held(e, 1)``, and e is the exit whose d_e is nearest ``sqrt(1 / capacity)``, the
+    deeper of equals. The width is the multiple r of 1 / ``WIDTH_STEPS`` for which ``held(e, r)`` is nearest
+    ``capacity * n``, the smaller of equals. Here ``held`` counts the maskable weights of a submodel, its exits among
+    them, and n those of the network without early exits, of which the capacities of all methods are fractions.
+
+    The nearest of all pairs (e, r) would leave the depth to the rounding of widths: with ``r^2 = capacity * d_e``
+    several exits meet a budget, and a small client could get one wide stage or all stages at a few channels. The
+    published sizes (widths 0.7, 0.7, 0.75, 1 at exits 1 to 4) cut both axes as well.
+
+    Args:
+        layout: description of the full model.
+        capacity: gamma in (0, 1].
+
+    Raises:
+        ModelError: the network does not describe its channels.
+    """
+    _hidden(layout)
+    exits = len(layout.exits)
+    if exits == 1 or capacity == 1:
+        return SlimSize(capacity, exits)
+    weights, factor = layout.maskable_size - _early_exit_weights(layout), math.sqrt(1 / capacity)
+    distances = [abs(weights / _held_weights(layout, exit_, Fraction(1)) - factor) for exit_ in range(exits, 0, -1)]
+    depth = exits - distances.index(min(distances))
+    return SlimSize(_nearest_width(layout, depth, capacity * weights) ** 2, depth)
+
+
+def held_channels(layout: ParameterLayout, size: SlimSize) -> dict[str, int]:
+    """Channels that a submodel keeps of each hidden group; none of the groups beyond its last exit."""
+    needed = layout.exits[size.exits - 1]
+    return {
+        group: kept_channels(channels, size.squared_width) if group in needed else 0
+        for group, channels in _hidden(layout).items()
+    }
+
+
+def slim_widths(widths: Sequence[int], layout: ParameterLayout, capacity: Fraction) -> tuple[int, ...]:
+    """Channels left of each stage of a network of these widths, for the stages that a client holds.
+
+    Args:
+        widths: channels of every stage of the full network.
+        layout: description of the full network.
         capacity: gamma in (0, 1].
     """
-    return 1 + math.isqrt(math.ceil(capacity * channels**2) - 1)
+    size = slim_size(layout, capacity)
+    stages = len(widths) - (len(layout.exits) - size.exits)
+    return tuple(kept_channels(channels, size.squared_width) for channels in widths[:stages])
 
 
 def window(layout: ParameterLayout, capacity: Fraction, shift: int = 0) -> np.ndarray:
-    """Select ``kept_channels`` consecutive channels of every group, starting at ``shift`` and wrapping around.
+    """Select consecutive channels of every group that a client holds, starting at ``shift`` and wrapping around.
+
+    How many is :func:`slim_size`'s to say.
 
     Args:
         layout: description of the full model.
@@ -45,10 +120,14 @@ def window(layout: ParameterLayout, capacity: Fraction, shift: int = 0) -> np.nd
     Raises:
         ModelError: the network does not describe its channels.
     """
-    groups = []
-    for channels in _hidden(layout).values():
+    return _window(layout, slim_size(layout, capacity), shift)
+
+
+def _window(layout: ParameterLayout, size: SlimSize, shift: int = 0) -> np.ndarray:
+    held, groups = held_channels(layout, size), []
+    for group, channels in _hidden(layout).items():
         kept = np.zeros(channels, dtype=bool)
-        kept[(shift + np.arange(kept_channels(channels, capacity))) % channels] = True
+        kept[(shift + np.arange(held[group])) % channels] = True
         groups.append(kept)
     return np.concatenate(groups)
 
@@ -135,4 +214,27 @@ def _kept_axes(layout: ParameterLayout, selection: np.ndarray) -> Iterator[list[
         if slot.coupling:
             for axis, group in enumerate((slot.coupling.rows, slot.coupling.columns)[: len(axes)]):
                 axes[axis] = kept.get(group, axes[axis])
+            if not kept.get(slot.coupling.columns, np.True_).any():
+                axes[0] = np.zeros_like(axes[0])
         yield axes
+
+
+def _early_exit_weights(layout: ParameterLayout) -> int:
+    """Maskable weights of all heads but the last."""
+    heads = [slot.size for slot in layout.slots if slot.maskable and slot.coupling and slot.coupling.rows == CLASSES]
+    return sum(heads[:-1])
+
+
+def _held_weights(layout: ParameterLayout, exits: int, width: Fraction) -> Fraction:
+    """Maskable weights of a submodel, those of its exits among them; a whole number."""
+    kept = kept_sizes(layout, _window(layout, SlimSize(width**2, exits)))
+    return Fraction(sum(number for slot, number in zip(layout.slots, kept, strict=True) if slot.maskable))
+
+
+def _nearest_width(layout: ParameterLayout, exits: int, budget: Fraction) -> Fraction:
+    """Multiple of 1 / ``WIDTH_STEPS`` with the weights nearest the budget, the smaller of equals; they grow with it."""
+    widths = [Fraction(steps, WIDTH_STEPS) for steps in range(1, WIDTH_STEPS + 1)]
+    place = bisect_left(widths[:-1], budget, key=lambda width: _held_weights(layout, exits, width))
+    return min(
+        widths[max(0, place - 1) : place + 1], key=lambda width: abs(_held_weights(layout, exits, width) - budget)
+    )

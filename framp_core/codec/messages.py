@@ -26,7 +26,7 @@ from framp_core.errors import (
 )
 from framp_core.layout import ParameterLayout
 from framp_core.prototypes import Prototypes
-from framp_core.structured import by_group, kept_channels, kept_sizes, selection_of
+from framp_core.structured import by_group, held_channels, kept_sizes, selection_of, slim_size
 
 PROTOCOL_VERSION = 1
 MAX_DESCRIPTOR_SIZE = 65_536
@@ -219,15 +219,17 @@ def decode_slim(blob: bytes, layout: ParameterLayout, capacity: Fraction) -> Sli
     Args:
         blob: the message.
         layout: description of the full model.
-        capacity: gamma of this client, which fixes how many channels of each group it holds.
+        capacity: gamma of this client, which fixes how many channels of each group it holds
+            (:func:`framp_core.structured.slim_size`).
 
     Raises:
         ProtocolError: a subclass per fault, see :mod:`framp_core.errors`.
     """
     message = _unpack(blob, _SLIM)
     selection = decode_mask(message.contents["mask"], layout.hidden_size)
+    held = held_channels(layout, slim_size(layout, capacity))
     for group, channels in by_group(layout, selection).items():
-        kept, expected = int(np.count_nonzero(channels)), kept_channels(channels.size, capacity)
+        kept, expected = int(np.count_nonzero(channels)), held[group]
         if kept != expected:
             raise MaskMismatchError(
                 f"the submodel keeps {kept} of the {channels.size} channels of {group} and a client of capacity "

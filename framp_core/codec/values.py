@@ -19,7 +19,8 @@ def encode_values(
 
     - float32: exact.
     - bfloat16: rounded to nearest, ties to even; relative error at most 2**-8 for normal numbers.
-    - int8: ``q = round(x / s)`` with ``s = max |x| / 127`` per tensor; one float32 scale per tensor goes first.
+    - int8: ``q = round(x / s)`` with ``s = max |x| / 127`` per tensor; one float32 scale per tensor goes first, none
+      for an empty one: a slim network may lack the tensor altogether.
       The error is at most s / 2, or below s with an rng: then q is rounded up with the probability of its fraction,
       so that its mean is x / s (Alistarh et al. 2017, QSGD).
 
@@ -42,8 +43,9 @@ def encode_values(
         return values.astype("<f4", copy=False).tobytes()
     if value_format == "bfloat16":
         return _to_bfloat16(values).tobytes()
-    scales = _scales(values, sizes)
-    return scales.astype("<f4").tobytes() + _to_int8(values, np.repeat(scales, sizes), rng).tobytes()
+    held = [size for size in sizes if size]
+    scales = _scales(values, held)
+    return scales.astype("<f4").tobytes() + _to_int8(values, np.repeat(scales, held), rng).tobytes()
 
 
 def decode_values(data: bytes | memoryview, value_format: ValueFormat, sizes: Sequence[int]) -> np.ndarray:
@@ -60,7 +62,8 @@ def decode_values(data: bytes | memoryview, value_format: ValueFormat, sizes: Se
     Raises:
         MaskMismatchError: ``data`` does not hold k values.
     """
-    scale_bytes = 4 * len(sizes) if value_format == "int8" else 0
+    held = [size for size in sizes if size]
+    scale_bytes = 4 * len(held) if value_format == "int8" else 0
     expected = scale_bytes + BYTES_PER_VALUE[value_format] * sum(sizes)
     if len(data) != expected:
         raise MaskMismatchError(
@@ -73,7 +76,7 @@ def decode_values(data: bytes | memoryview, value_format: ValueFormat, sizes: Se
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     scales = np.frombuffer(data[:scale_bytes], "<f4").astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.frombuffer(data[scale_bytes:], np.int8) * np.repeat(scales, sizes)
+        return np.frombuffer(data[scale_bytes:], np.int8) * np.repeat(scales, held)
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -86,13 +89,10 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def _scales(values: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Float32 ``max |x| / 127`` per tensor; 0 for an empty one."""
-    lengths = np.array(sizes, dtype=np.int64)
-    held = lengths > 0
-    scales = np.zeros(lengths.size, dtype=np.float32)
-    starts = (np.cumsum(lengths) - lengths)[held]
-    if starts.size:
-        scales[held] = np.maximum.reduceat(np.abs(values), starts) / np.float32(_INT8_LIMIT)
+    """Float32 ``max |x| / 127`` per tensor; none is empty."""
+    if not sizes:
+        return np.zeros(0, dtype=np.float32)
+    scales: np.ndarray = np.maximum.reduceat(np.abs(values), np.cumsum([0, *sizes[:-1]])) / np.float32(_INT8_LIMIT)
     return scales
 
 

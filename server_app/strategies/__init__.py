@@ -6,12 +6,14 @@ from server_app.strategies.fiarse import FiarseStrategy
 from server_app.strategies.framp import FrampStrategy
 from server_app.strategies.heterofl import HeteroFLStrategy
 from server_app.strategies.local_only import LocalOnlyStrategy
+from server_app.strategies.scalefl import ScaleFLStrategy
 
 STRATEGIES: dict[str, type[SubmodelStrategy]] = {
     "framp": FrampStrategy,
     "fiarse": FiarseStrategy,
     "heterofl": HeteroFLStrategy,
     "fedrolex": FedRolexStrategy,
+    "scalefl": ScaleFLStrategy,
     "local": LocalOnlyStrategy,
 }
 

@@ -23,7 +23,8 @@ class HeteroFLStrategy(FrampStrategy):
     Left out is the paper's scaler, which divides the activations of a slim network by its width before each
     normalisation in training: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, so that here it would do nothing.
     The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` the other published settings
-    come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows.
+    come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows, :meth:`covered` that for other
+    averages.
     """
 
     slim: ClassVar[bool] = True
@@ -32,6 +33,7 @@ class HeteroFLStrategy(FrampStrategy):
         "generator.name": "shared",
         "server.weighting": "coverage",
         "local.alignment-weight": 0.0,
+        "model.exits": 1,
     }
 
     def shift(self, server_round: int) -> int:
@@ -42,9 +44,13 @@ class HeteroFLStrategy(FrampStrategy):
         """The mask of a window of whole channels."""
         return channel_mask(self.layout, window(self.layout, client.capacity, self.shift(server_round)))
 
+    def covered(self, update: ClientUpdate) -> np.ndarray:
+        """Positions at which an update counts: what the client holds, less the head's rows of classes it lacks."""
+        return without_other_classes(self.layout, update.mask, update.prototypes.classes)
+
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
-        """Average every element over the clients that hold it; a row of the head, over those that hold its class."""
-        masks = [without_other_classes(self.layout, update.mask, update.prototypes.classes) for update in updates]
+        """Average every element over the clients that cover it."""
+        masks = [self.covered(update) for update in updates]
         return self.generator_update.step(
             self.inputs([update.client for update in updates]),
             [update.dense_delta() * mask for update, mask in zip(updates, masks, strict=True)],
