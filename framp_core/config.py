@@ -160,18 +160,20 @@ class DescriptorConfig(_Section):
     """Compact summary v_i of a client's data."""
 
     name: Literal["class-moments", "moments", "histogram", "warmup"] = Field(
-        "moments",
+        "class-moments",
         description="class shares and class means of a frozen encoder's features; class histogram and moments of its "
         "features over all classes; the histogram alone; mean penultimate features after local warm-up",
     )
-    encoder_width: int = Field(16, ge=1, description="features of the frozen encoder; moments adds 2 floats each")
+    encoder_width: int = Field(
+        32, ge=1, description="w, features of the frozen encoder; class-moments has C (1 + w) floats, moments C + 2 w"
+    )
     warmup_steps: int = Field(20, ge=1, description="local steps before the features are averaged (warmup)")
 
 
 class GeneratorConfig(_Section):
     """h(v; phi): from descriptor to full model (DESIGN section 3)."""
 
-    name: Literal["mixture", "modulated", "low-rank", "chunked", "dense", "shared"] = "modulated"
+    name: Literal["mixture", "modulated", "low-rank", "chunked", "dense", "shared"] = "mixture"
     hidden: int = Field(64, ge=1, description="hidden units of the descriptor network")
     experts: int = Field(4, ge=1, description="experts B_k, each as large as the model (mixture)")
     rank: int = Field(1, ge=1, description="rank of the generated factors (low-rank)")
@@ -209,7 +211,7 @@ class LocalConfig(_Section):
     alignment_weight: float = Field(0.1, ge=0, description="lambda of the prototype-alignment loss; 0: off")
     alignment_distance: Literal["squared-l2", "cosine"] = "squared-l2"
     nested_share: float = Field(
-        0.0, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
+        0.5, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
     )
     masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
     threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")

@@ -20,6 +20,7 @@ GLOBAL_MODEL: Settings = {
     "server.weighting": "coverage",
     "local.prior-strength": 0.0,
     "local.alignment-weight": 0.0,
+    "local.nested-share": 0.0,
 }
 """One global model, averaged per coordinate over the clients that hold it: what the baselines have in common."""
 
@@ -85,9 +86,12 @@ METHODS: dict[str, Method] = {
     "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
     "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
     "framp-layerwise": Method("FRAMP, layer-wise mask", {"extraction.name": "layer-top-k"}, "ablation: mask"),
+    "framp-unnested": Method("FRAMP, no nested steps", {"local.nested-share": 0.0}, "ablation: own size alone"),
+    "framp-modulated": Method("FRAMP, modulated", {"generator.name": "modulated"}, "ablation: generator"),
     "framp-low-rank": Method("FRAMP, low-rank", {"generator.name": "low-rank"}, "ablation: generator"),
     "framp-chunked": Method("FRAMP, chunked", {"generator.name": "chunked"}, "ablation: generator"),
     "framp-dense": Method("FRAMP, dense", {"generator.name": "dense"}, "ablation: generator"),
+    "framp-moments": Method("FRAMP, moments", {"descriptor.name": "moments"}, "ablation: descriptor"),
     "framp-histogram": Method("FRAMP, histogram", {"descriptor.name": "histogram"}, "ablation: descriptor"),
     "framp-warmup": Method("FRAMP, warm-up features", {"descriptor.name": "warmup"}, "ablation: descriptor"),
     "framp-unadjusted": Method("FRAMP, no logit adjustment", {"local.prior-strength": 0.0}, "ablation: tau = 0"),

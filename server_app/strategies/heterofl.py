@@ -30,6 +30,7 @@ class HeteroFLStrategy(FrampStrategy):
     slim: ClassVar[bool] = True
 
     required: ClassVar[Mapping[str, Scalar]] = {
+        "local.nested-share": 0.0,
         "generator.name": "shared",
         "server.weighting": "coverage",
         "local.alignment-weight": 0.0,
