@@ -1,6 +1,6 @@
 """One step of the generator from the clients' deltas."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -22,7 +22,9 @@ class GeneratorUpdate:
     The gradient is ``-sum_i w_i J_i^T Delta_i`` with Delta_i zero outside the client's mask m_i. Weights w_i sum to 1:
     equal, or each client's share of the examples. With ``coverage`` (weights equal) the gradient of theta_0 is
     divided per coordinate by ``sum_i w_i m_ij``, that is, averaged over the clients that hold the coordinate, and is
-    0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros).
+    0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros). FIARSE's
+    code does read them off zeros, which leaves out the clients that hold a coordinate and did not move it; ``non-zero``
+    is that published form.
 
     theta_0 has an optimizer of its own, to which ``shared_momentum`` applies if it is SGD. With
     ``averaging_decay`` > 0 an exponential moving average of the generator after each step is kept for evaluation; it
@@ -82,6 +84,8 @@ class GeneratorUpdate:
         self._set_gradients(descriptors, deltas, weights)
         if self.config.weighting == "coverage":
             self._average_over_holders(masks, weights)
+        elif self.config.weighting == "non-zero":
+            self._average_over_holders((delta != 0 for delta in deltas), weights)
         norms = {
             "shared_gradient_norm": _gradient_norm(self.generator.shared_parameters()),
             "personal_gradient_norm": _gradient_norm(self.generator.personal_parameters()),
@@ -153,7 +157,7 @@ class GeneratorUpdate:
                 assert parameter.grad is not None
                 parameter.grad += gradient
 
-    def _average_over_holders(self, masks: Sequence[np.ndarray], weights: Sequence[float]) -> None:
+    def _average_over_holders(self, masks: Iterable[np.ndarray], weights: Sequence[float]) -> None:
         gradient = self.generator.theta_0.grad
         assert gradient is not None
         coverage = torch.zeros_like(gradient)
