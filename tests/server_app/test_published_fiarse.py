@@ -183,7 +183,7 @@ def test_every_setting_of_the_published_evaluation_matters(tiny: Build, key: str
     )
 
 
-@pytest.mark.parametrize("method", ["framp", "heterofl", "fedrolex", "fedavg", "local"])
+@pytest.mark.parametrize("method", ["framp", "heterofl", "local"])
 def test_batch_statistics_serve_every_method(tiny: Build, method: str) -> None:
     values: dict[str, Scalar] = {
         **METHODS[method].settings,
