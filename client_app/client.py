@@ -177,17 +177,18 @@ class Client:
 
         Populations: ``local`` (own test images, class prior of strength ``evaluation.local-prior-strength``),
         ``validation`` (own validation images, same prior) and, for a client that trains, ``union`` (test images
-        of all clients that train, ``evaluation.union-prior-strength``). With ``evaluation.fine-tune-steps`` the
+        of all clients that train, ``evaluation.union-prior-strength``). ``evaluation.augment`` crops and flips the
+        images of ``local``, in the same way before and after fine-tuning. With ``evaluation.fine-tune-steps`` the
         last evaluation measures again after that many local steps (keys ending in ``-tuned``).
         """
         model, submodel = self._read(payload)
         model.load(torch.from_numpy(submodel.theta()))
-        counts = self._measure(model, suffix="")
+        counts = self._measure(model, server_round)
         steps = self.config.evaluation.fine_tune_steps
         if final and steps:
             rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
             train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
-            counts |= self._measure(model, suffix="-tuned")
+            counts |= self._measure(model, server_round, suffix="-tuned")
         return counts
 
     def _prototypes(self, model: FlatModel) -> Prototypes:
@@ -214,7 +215,7 @@ class Client:
         model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 
-    def _measure(self, model: FlatModel, suffix: str) -> dict[str, MetricRecordValues]:
+    def _measure(self, model: FlatModel, server_round: int, suffix: str = "") -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
         populations = {
@@ -226,7 +227,10 @@ class Client:
             populations["union"] = (union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
         for name, (images, strength) in populations.items():
-            result = evaluate(model, images, self.data.normaliser, strength * prior if strength else None)
+            augmented = settings.augment and name == "local"
+            rng = stream(self.config.seed, "test-augmentation", self.data.name, server_round) if augmented else None
+            offset = strength * prior if strength else None
+            result = evaluate(model, images, self.data.normaliser, offset, settings.batch_size, rng)
             counts[f"{name}-correct{suffix}"] = result.correct
             counts[f"{name}-total{suffix}"] = result.total
         return counts

@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -88,6 +89,9 @@ class DataConfig(_Section):
     )
     root: str = Field("", description="absolute folder of the data set; unused for digits")
     image_size: int = Field(0, ge=0, description="images are resized to this side; 0 keeps their own size")
+    normalisation: Literal["measured", "published"] = Field(
+        "measured", description="mean and deviation of the training pixels, or the constants of CIFAR recipes"
+    )
     augment: bool = Field(False, description="random crop (padding of an eighth) and horizontal flip")
     cache: str = Field("", description="absolute folder of decoded images; empty: the user's cache folder")
 
@@ -148,12 +152,30 @@ class ModelConfig(_Section):
 
     name: Literal["conv", "resnet18", "mlp"] = "conv"
     widths: Widths = (16, 32, 64)
+    normalisation: Literal["group", "batch-statistics"] = Field(
+        "group", description="batch-statistics: batch norm by the batch at hand, in training and in test (FIARSE)"
+    )
     groups: int = Field(8, ge=1, description="groups of GroupNorm")
     exits: int = Field(
         1,
         ge=0,
         description="the last so many stages end in a classifier (ScaleFL); 1: the head alone, 0: every stage",
     )
+    initialisation: Literal["he", "uniform"] = Field("he", description="uniform: PyTorch's own, biases too (FIARSE)")
+    maskable_head_bias: bool = Field(False, description="rank and mask the head's bias like a weight (FIARSE)")
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether the result for an image depends on the images beside it; an mlp has no normalisation."""
+        return self.normalisation == "batch-statistics" and self.name != "mlp"
+
+    @field_validator("normalisation", mode="before")
+    @classmethod
+    def _no_running_statistics(cls, value: object) -> object:
+        if value == "batch":
+            reason = "running statistics of different submodels describe different activations and do not mix"
+            raise ValueError(f"{reason}; use 'group' or 'batch-statistics'")
+        return value
 
 
 class DescriptorConfig(_Section):
@@ -201,6 +223,7 @@ class LocalConfig(_Section):
 
     steps: int = Field(10, ge=1, description="K, local steps per round")
     batch_size: int = Field(20, ge=1)
+    reshuffle: bool = Field(True, description="a new order in every epoch; false: always the same batches (FIARSE)")
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -240,9 +263,9 @@ class ServerConfig(_Section):
     shared_momentum: float = Field(0.5, ge=0, lt=1)
     personal_optimizer: Literal["sgd", "adam"] = Field("adam", description="for all other generator parameters")
     personal_learning_rate: float = Field(1e-3, gt=0)
-    weighting: Literal["coverage", "uniform", "examples"] = Field(
+    weighting: Literal["coverage", "non-zero", "uniform", "examples"] = Field(
         "coverage",
-        description="mean over the clients that hold a coordinate, over all clients, or by examples",
+        description="mean over the clients that hold a coordinate, that moved it (FIARSE's code), all, or by examples",
     )
     expert_memory: float = Field(
         10.0, gt=0, description="rounds over which a difference between the clusters of a mixture lasts"
@@ -262,6 +285,9 @@ class EvaluationConfig(_Section):
     union_images: int = Field(
         0, ge=0, description="random images of the union, the same for all clients and rounds; 0: all"
     )
+    union_by_client: bool = Field(False, description="union client after client, so that batches are skewed (FIARSE)")
+    batch_size: int = Field(256, ge=1, description="images per test batch; accuracy depends on it in batch statistics")
+    augment: bool = Field(False, description="crop and flip the client's own test images, Local and Unseen (FIARSE)")
     local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
     union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")
     fine_tune_steps: int = Field(0, ge=0, description="local steps before a second measurement at the end; 0: off")
@@ -321,6 +347,16 @@ class FrampConfig(_Section):
                     f"{key}={path!r} is a relative path; Flower's processes work in folders of their own, "
                     f"so give an absolute one, such as {str(Path.cwd() / path)!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _usable_batches(self) -> Self:
+        if self.model.batch_statistics and 1 in (self.local.batch_size, self.evaluation.batch_size):
+            raise ValueError(
+                "model.normalisation='batch-statistics' needs local.batch-size and evaluation.batch-size of 2 or more"
+            )
+        if self.evaluation.union_by_client and self.evaluation.union_images:
+            raise ValueError("evaluation.union-by-client leaves no random sample to take; set union-images=0")
         return self
 
     @classmethod

@@ -13,7 +13,7 @@ from torch.nn.utils import vector_to_parameters
 
 from framp_core.config import FrampConfig
 from framp_core.data.client_data import ClientData
-from framp_core.local_training import clean_batches, penultimate_features, resolve_device, train_locally
+from framp_core.local_training import ordered_batches, penultimate_features, resolve_device, train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
 from framp_core.randomness import stream
 
@@ -102,7 +102,7 @@ class MomentsDescriptor(Descriptor):
 
     @torch.inference_mode()
     def _encode(self, data: ClientData) -> Tensor:
-        batches = clean_batches(data.train, data.normaliser, torch.device("cpu"))
+        batches = ordered_batches(data.train, data.normaliser, torch.device("cpu"))
         return torch.cat([self.encoder(inputs) for inputs, _ in batches])
 
 
@@ -192,7 +192,7 @@ class WarmupDescriptor(Descriptor):
         self.config = config
         network = build_model(config.model, input_shape, classes)
         self.model = FlatModel(network, resolve_device(config.local.device))
-        self.initial = initial_parameters(network, seed).numpy()
+        self.initial = initial_parameters(network, seed, config.model.initialisation).numpy()
 
     @property
     def size(self) -> int:

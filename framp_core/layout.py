@@ -40,8 +40,8 @@ class ParameterSlot:
         name: dotted name as in ``Module.named_parameters``.
         shape: shape of the tensor; dimension 0 is the output channel.
         fan_in: number of inputs that feed one output channel (1 for biases and norm parameters).
-        maskable: whether ranking and masking apply; convolution and linear weights are maskable, biases and
-            norm parameters are always kept.
+        maskable: whether ranking and masking apply; convolution and linear weights are maskable, norm parameters and
+            biases (those that the network names apart) are always kept.
         offset: position of the first element in the flat vector.
         coupling: channel groups of dimensions 0 and 1; None for a network that does not describe its channels.
     """
@@ -83,7 +83,8 @@ class ParameterLayout:
         """Describe ``model``: one slot per parameter, in the order of ``named_parameters``.
 
         A network whose submodels can be slices of channels has an attribute ``couplings``: the :class:`Coupling` of
-        each layer with parameters, by the layer's dotted name.
+        each layer with parameters, by the layer's dotted name. One whose biases are ranked like weights names their
+        layers in ``maskable_biases``.
         """
         couplings: Mapping[str, Coupling] = getattr(model, "couplings", {})
         maskable = {
@@ -91,6 +92,7 @@ class ParameterLayout:
             for prefix, layer in model.named_modules()
             if isinstance(layer, MASKABLE_LAYERS)
         }
+        maskable |= {f"{layer}.bias" for layer in getattr(model, "maskable_biases", ())}
         slots, offset = [], 0
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)

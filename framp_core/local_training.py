@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 
 INFERENCE_BATCH = 64
+"""Images per batch where features are computed; test batches are those of ``evaluation.batch-size``."""
 DISTILLATION_TEMPERATURE = 3.0
 
 
@@ -87,15 +89,24 @@ def log_prior(counts: np.ndarray, absent: float) -> Tensor:
     return torch.from_numpy(np.log(frequencies).astype(np.float32))
 
 
-def batch_positions(examples: int, batch_size: int, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """Which images each step sees: reshuffled epochs laid end to end and cut into full batches.
+def batch_positions(
+    examples: int, batch_size: int, steps: int, rng: np.random.Generator, reshuffle: bool = True
+) -> np.ndarray:
+    """Which images each step sees: epochs laid end to end and cut into full batches.
+
+    Args:
+        examples: number of images, at least 1.
+        batch_size: images per step.
+        steps: number of steps.
+        rng: draws the order of each epoch.
+        reshuffle: false goes through every epoch in ascending order.
 
     Returns:
         int64 ``(steps, min(batch_size, examples))`` in [0, examples). A batch may span two epochs.
     """
     size = min(batch_size, examples)
     epochs = -(-steps * size // examples)
-    order = np.concatenate([rng.permutation(examples) for _ in range(epochs)])
+    order = np.concatenate([rng.permutation(examples) if reshuffle else np.arange(examples) for _ in range(epochs)])
     return order[: steps * size].reshape(steps, size)
 
 
@@ -232,7 +243,8 @@ def _trained_weights(
 def _training_batches(
     data: ClientData, config: FrampConfig, rng: np.random.Generator, steps: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for positions in batch_positions(len(data.train), config.local.batch_size, steps, rng):
+    local = config.local
+    for positions in batch_positions(len(data.train), local.batch_size, steps, rng, local.reshuffle):
         images, labels = data.train.batch(positions)
         if config.data.augment:
             images = augment(images, rng)
@@ -252,12 +264,33 @@ def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalCon
     )
 
 
-def clean_batches(
-    images: LabelledImages, normaliser: Normaliser, device: torch.device
+def ordered_batches(
+    images: LabelledImages,
+    normaliser: Normaliser,
+    device: torch.device,
+    batch_size: int = INFERENCE_BATCH,
+    rng: np.random.Generator | None = None,
+    *,
+    lone_image: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Network inputs and labels in order, without augmentation; nothing for an empty set."""
-    for first in range(0, len(images), INFERENCE_BATCH):
-        batch, labels = images.batch(np.arange(first, min(first + INFERENCE_BATCH, len(images))))
+    """Network inputs and labels in order; nothing for an empty set.
+
+    Args:
+        images: a selection; may be empty.
+        normaliser: turns uint8 images into the network's input.
+        device: where the batches go.
+        batch_size: images per batch; the last batch holds what is left.
+        rng: draws augmentation; None leaves the images clean.
+        lone_image: false lets the last image join the batch before it rather than make a batch of its own, for
+            networks with batch statistics.
+    """
+    starts = list(range(0, len(images), batch_size))
+    if not lone_image and len(starts) > 1 and len(images) - starts[-1] == 1:
+        starts.pop()
+    for first, last in pairwise([*starts, len(images)]):
+        batch, labels = images.batch(np.arange(first, last))
+        if rng is not None:
+            batch = augment(batch, rng)
         yield normaliser(batch.to(device)), labels.to(device)
 
 
@@ -268,7 +301,8 @@ def penultimate_features(model: FlatModel, images: LabelledImages, normaliser: N
     Returns:
         Features ``(len(images), f)`` and labels ``(len(images),)``, in the order of ``images``, on the model's device.
     """
-    batches = clean_batches(images, normaliser, model.flat.device)
+    lone_image = not model.model.batch_statistics
+    batches = ordered_batches(images, normaliser, model.flat.device, lone_image=lone_image)
     features, labels = zip(*((model(inputs)[1], labels) for inputs, labels in batches), strict=True)
     return torch.cat(features), torch.cat(labels)
 
@@ -289,7 +323,14 @@ def no_prototypes(model: FlatModel) -> Prototypes:
 
 
 @torch.inference_mode()
-def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, offset: Tensor | None) -> Accuracy:
+def evaluate(
+    model: FlatModel,
+    images: LabelledImages,
+    normaliser: Normaliser,
+    offset: Tensor | None,
+    batch_size: int = INFERENCE_BATCH,
+    rng: np.random.Generator | None = None,
+) -> Accuracy:
     """Accuracy of the network as it stands.
 
     Args:
@@ -297,11 +338,14 @@ def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, o
         images: what to classify; may be empty.
         normaliser: turns uint8 images into the network's input.
         offset: added to the logits ``(C,)``, such as a strength times :func:`log_prior`; None adds nothing.
+        batch_size: images per batch; with batch statistics the accuracy depends on it.
+        rng: draws augmentation; None leaves the images clean.
     """
     device = model.flat.device
     adjustment = 0.0 if offset is None else offset.to(device)
     correct = 0
-    for inputs, labels in clean_batches(images, normaliser, device):
+    lone_image = not model.model.batch_statistics
+    for inputs, labels in ordered_batches(images, normaliser, device, batch_size, rng, lone_image=lone_image):
         adjusted = model(inputs)[0] + adjustment
         correct += int((adjusted.argmax(dim=1) == labels).sum())
     return Accuracy(correct, len(images))

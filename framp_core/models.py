@@ -1,16 +1,48 @@
 """Client architectures. Each is split into ``features`` and ``head``; penultimate features are an output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framp_core.config import ModelConfig
 from framp_core.errors import ModelError
-from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout
+from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout, ParameterSlot
 from framp_core.randomness import stream
+
+Norm = Callable[[int], nn.Module]
+"""Builds the normalisation of a layer from its number of channels."""
+
+
+class BatchStatistics(nn.BatchNorm2d):
+    """Batch norm by the statistics of the batch at hand, in training and in test alike.
+
+    ``y = (x - mean) / sqrt(variance + eps) * gain + bias``, mean and variance (population form) over the images and
+    pixels of each channel. Nothing is kept between batches, so there is nothing to average over submodels (FIARSE's
+    ``BetaResNet18_sbn``, Wu et al. 2024); the result for an image depends on the images beside it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(b, channels, h, w)`` to the same shape.
+
+        Raises:
+            ModelError: a single image of a single pixel, which has no variance.
+        """
+        if inputs.shape[0] * inputs.shape[2:].numel() == 1:
+            raise ModelError(
+                "model.normalisation='batch-statistics' got one image of one pixel, which has no statistics: a client "
+                "holds a single image and the network shrinks it to 1x1; use larger images, more images per client "
+                "or model.normalisation='group'"
+            )
+        return super().forward(inputs)
 
 
 class FeaturesAndHead(nn.Module):
@@ -29,6 +61,11 @@ class FeaturesAndHead(nn.Module):
         classes: number of classes.
         couplings: channel groups of every layer with parameters, for methods that slice channels; empty if unknown.
         early: channels that each early exit reads, by the position in ``features`` of the layer that writes them.
+        maskable_head_bias: whether the head's bias is ranked and masked like a weight.
+
+    Attributes:
+        maskable_biases: layers whose bias is maskable, see :meth:`framp_core.layout.ParameterLayout.of`.
+        batch_statistics: whether the result for an image depends on the images beside it.
     """
 
     def __init__(
@@ -38,6 +75,7 @@ class FeaturesAndHead(nn.Module):
         classes: int,
         couplings: Mapping[str, Coupling] | None = None,
         early: Mapping[int, int] | None = None,
+        maskable_head_bias: bool = False,
     ) -> None:
         super().__init__()
         self.early = dict(early or {})
@@ -46,6 +84,8 @@ class FeaturesAndHead(nn.Module):
         self.head = nn.Linear(feature_size, classes)
         self.feature_size = feature_size
         self.couplings = dict(couplings or {})
+        self.maskable_biases = ("head",) if maskable_head_bias else ()
+        self.batch_statistics = any(isinstance(layer, BatchStatistics) for layer in features.modules())
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits ``(batch, classes)`` and penultimate features ``(batch, feature_size)``."""
@@ -63,7 +103,7 @@ class FeaturesAndHead(nn.Module):
         return [*logits, self.head(hidden)], hidden
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
+def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
     if channels % groups:
         raise ModelError(
             f"{channels} channels cannot be cut into {groups} normalisation groups; "
@@ -81,12 +121,12 @@ def slim_groups(channels: int, kept: int, groups: int) -> int:
     return next(number for number in range(max(1, kept * groups // channels), 0, -1) if kept % number == 0)
 
 
-def conv_net(channels: int, widths: Sequence[int], groups: Sequence[int], image_size: int) -> nn.Sequential:
-    """3x3 convolutions with GroupNorm and ReLU; the image is halved after each but the last while it is > 2."""
+def conv_net(channels: int, widths: Sequence[int], norms: Sequence[Norm], image_size: int) -> nn.Sequential:
+    """3x3 convolutions with normalisation and ReLU; the image is halved after each but the last while it is > 2."""
     layers: list[nn.Module] = []
     size = image_size
     for index, (narrow, wide) in enumerate(pairwise((channels, *widths))):
-        layers += [nn.Conv2d(narrow, wide, 3, padding=1, bias=False), _norm(wide, groups[index]), nn.ReLU()]
+        layers += [nn.Conv2d(narrow, wide, 3, padding=1, bias=False), norms[index](wide), nn.ReLU()]
         if index < len(widths) - 1 and size > 2:
             layers.append(nn.MaxPool2d(2))
             size //= 2
@@ -104,15 +144,15 @@ def mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
 class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions (He et al. 2016), post-activation, 1x1 shortcut where shapes change."""
 
-    def __init__(self, narrow: int, wide: int, stride: int, groups: int) -> None:
+    def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(narrow, wide, 3, stride, 1, bias=False)
-        self.norm1 = _norm(wide, groups)
+        self.norm1 = norm(wide)
         self.conv2 = nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
-        self.norm2 = _norm(wide, groups)
+        self.norm2 = norm(wide)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or narrow != wide:
-            self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), _norm(wide, groups))
+            self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), norm(wide))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(batch, narrow, h, w)`` to ``(batch, wide, h / stride, w / stride)``."""
@@ -138,17 +178,17 @@ class BasicBlock(nn.Module):
         return {f"{name}.{layer}": coupling for layer, coupling in layers.items()}
 
 
-def resnet18(channels: int, widths: Sequence[int], groups: Sequence[int]) -> nn.Sequential:
+def resnet18(channels: int, widths: Sequence[int], norms: Sequence[Norm]) -> nn.Sequential:
     """ResNet-18 with a CIFAR stem (3x3, stride 1, no pooling): 11,173,962 parameters with a head of 10 classes.
 
     Fewer than four widths build its first stages.
     """
-    stem = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), _norm(widths[0], groups[0]), nn.ReLU()]
+    stem = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), norms[0](widths[0]), nn.ReLU()]
     blocks: list[nn.Module] = []
     for stage, (narrow, wide) in enumerate(pairwise((widths[0], *widths))):
         blocks += [
-            BasicBlock(narrow, wide, 1 if stage == 0 else 2, groups[stage]),
-            BasicBlock(wide, wide, 1, groups[stage]),
+            BasicBlock(narrow, wide, 1 if stage == 0 else 2, norms[stage]),
+            BasicBlock(wide, wide, 1, norms[stage]),
         ]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -171,7 +211,7 @@ def _couplings(features: nn.Sequential, early: Mapping[int, int]) -> dict[str, C
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             couplings[name] = Coupling(name, group)
             group = name
-        elif isinstance(layer, nn.GroupNorm):
+        elif isinstance(layer, nn.GroupNorm | BatchStatistics):
             couplings[name] = Coupling(group)
         if int(child) in early:
             couplings[f"exits.{child}"] = Coupling(CLASSES, group)
@@ -184,7 +224,7 @@ def build_model(
     """Build the client architecture.
 
     Args:
-        config: name, widths, normalisation groups and exits.
+        config: name, widths, normalisation and exits.
         input_shape: channels, height and width of an image.
         classes: number of classes of the head.
         kept: channels left of each of ``config.widths``, for a slimmer network of the same architecture whose
@@ -197,19 +237,18 @@ def build_model(
     channels, height, width = input_shape
     stages = len(config.widths)
     _require_stages(config)
-    widths, groups = config.widths, [config.groups] * stages
-    if kept is not None:
-        groups = [slim_groups(full, left, config.groups) for full, left in zip(widths[: len(kept)], kept, strict=True)]
-        widths = tuple(kept)
+    widths = config.widths if kept is None else tuple(kept)
+    norms = _norms(config, widths)
     if config.name == "conv":
-        features = conv_net(channels, widths, groups, min(height, width))
+        features = conv_net(channels, widths, norms, min(height, width))
     elif config.name == "resnet18":
-        features = resnet18(channels, widths, groups)
+        features = resnet18(channels, widths, norms)
     else:
         features = mlp(channels * height * width, widths)
     ends = list(zip(_stage_ends(features), widths, strict=True))[:-1]
     early = dict(ends[stages - (config.exits or stages) :])
-    return FeaturesAndHead(features, widths[-1], classes, _couplings(features, early), early)
+    couplings = _couplings(features, early)
+    return FeaturesAndHead(features, widths[-1], classes, couplings, early, config.maskable_head_bias)
 
 
 def _require_stages(config: ModelConfig) -> None:
@@ -223,22 +262,41 @@ def _require_stages(config: ModelConfig) -> None:
         )
 
 
-def initial_parameters(model: nn.Module, seed: int) -> Tensor:
-    """A freshly initialised flat vector ``(n,)`` that depends on ``seed`` alone.
+def _norms(config: ModelConfig, widths: Sequence[int]) -> list[Norm]:
+    """The normalisation of each of ``config.widths``, of which ``widths`` channels are left."""
+    if config.batch_statistics:
+        return [BatchStatistics] * len(widths)
+    return [
+        partial(_group_norm, groups=config.groups if left == full else slim_groups(full, left, config.groups))
+        for full, left in zip(config.widths[: len(widths)], widths, strict=True)
+    ]
 
-    Maskable weights: N(0, 2 / fan_in) (He et al. 2015), head and exits: N(0, 1 / fan_in). Norm gains are 1, biases 0.
+
+def initial_parameters(model: nn.Module, seed: int, initialisation: Literal["he", "uniform"] = "he") -> Tensor:
+    """A freshly initialised flat vector ``(n,)`` that depends on ``seed`` alone. Norm gains are 1, norm biases 0.
+
+    ``he``: convolution and linear weights N(0, 2 / fan_in) (He et al. 2015), head and exits N(0, 1 / fan_in), biases 0.
+    ``uniform``: these weights and their biases U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), fan_in that of the weight:
+    what PyTorch's layers start with, and FIARSE.
     """
     values = []
     slots = ParameterLayout.of(model).slots
+    fan_ins = {_layer_of(slot): slot.fan_in for slot in slots if len(slot.shape) > 1}
     for position, slot in enumerate(slots):
-        if slot.maskable:
+        rng, fan_in = stream(seed, "initial-parameters", position), fan_ins.get(_layer_of(slot))
+        if initialisation == "uniform" and fan_in:
+            draw = rng.uniform(-(fan_in**-0.5), fan_in**-0.5, slot.size)
+        elif len(slot.shape) > 1:
             gain = 1.0 if slot.name.startswith(("head.", "exits.")) else 2.0
-            scale = (gain / slot.fan_in) ** 0.5
-            draw = stream(seed, "initial-parameters", position).normal(0.0, scale, slot.size)
-            values.append(torch.from_numpy(draw.astype("float32")))
+            draw = rng.normal(0.0, (gain / slot.fan_in) ** 0.5, slot.size)
         else:
-            values.append(torch.full((slot.size,), 1.0 if slot.name.endswith("weight") else 0.0))
+            draw = np.full(slot.size, 1.0 if slot.name.endswith("weight") else 0.0)
+        values.append(torch.from_numpy(draw.astype("float32")))
     return torch.cat(values)
+
+
+def _layer_of(slot: ParameterSlot) -> str:
+    return slot.name.rpartition(".")[0]
 
 
 class FlatModel:

@@ -1,6 +1,6 @@
 """One step of the generator from the clients' deltas."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,9 @@ class GeneratorUpdate:
     The gradient is ``-sum_i w_i J_i^T Delta_i`` with Delta_i zero outside the client's mask m_i. Weights w_i sum to 1:
     equal, or each client's share of the examples. With ``coverage`` (weights equal) the gradient of theta_0 is
     divided per coordinate by ``sum_i w_i m_ij``, that is, averaged over the clients that hold the coordinate, and is
-    0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros).
+    0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros). FIARSE's
+    code does read them off zeros, which leaves out the clients that hold a coordinate and did not move it; ``non-zero``
+    is that published form.
 
     The experts of a mixture then learn by :class:`framp_core.expert_update.ExpertUpdate` instead of the plain product.
 
@@ -87,6 +89,8 @@ class GeneratorUpdate:
         self._set_gradients(descriptors, deltas, weights)
         if self.config.weighting == "coverage":
             self._average_over_holders(masks, weights)
+        elif self.config.weighting == "non-zero":
+            self._average_over_holders((delta != 0 for delta in deltas), weights)
         norms = {
             "shared_gradient_norm": _gradient_norm(self.generator.shared_parameters()),
             "personal_gradient_norm": _gradient_norm(self.generator.personal_parameters()),
@@ -165,7 +169,7 @@ class GeneratorUpdate:
                 assert parameter.grad is not None
                 parameter.grad += gradient
 
-    def _average_over_holders(self, masks: Sequence[np.ndarray], weights: Sequence[float]) -> None:
+    def _average_over_holders(self, masks: Iterable[np.ndarray], weights: Sequence[float]) -> None:
         gradient = self.generator.theta_0.grad
         assert gradient is not None
         coverage = torch.zeros_like(gradient)

@@ -76,11 +76,13 @@ class ClientData:
         train: local training images, at least one.
         validation: local images for choices such as hyper-parameters; empty if ``partition.validation-fraction``
             of the client's images is less than one.
-        test: local test images, at least one.
+        test: local test images, at least one. These three are in ascending order of their positions, or, where what
+            lies side by side in a batch changes the numbers, in one fixed random order.
         union_test: test images of all clients of role train, in one fixed random order, so that the first ones
-            are a fair sample of all. Each image comes with the feature shift and under the labels of the client
-            that owns it: it asks how the client's model serves the other clients as they are. Under concept shift
-            no single model can be right on all of it, for clients name the same class differently.
+            are a fair sample of all, or with ``evaluation.union-by-client`` client after client. Each image comes
+            with the feature shift and under the labels of the client that owns it: it asks how the client's model
+            serves the other clients as they are. Under concept shift no single model can be right on all of it, for
+            clients name the same class differently.
         partition_digest: identifies the whole partition; equal on all clients and on the server.
     """
 
@@ -157,8 +159,18 @@ def _owned(
 def _union(config: FrampConfig, partitions: int) -> LabelledImages:
     _, partition = load_partition(config, partitions)
     _, pool = _pools(config, partitions)
-    indices = np.sort(np.concatenate([client.test for client in partition.clients if client.role == "train"]))
+    owners = [client for client in partition.clients if client.role == "train"]
+    if config.evaluation.union_by_client:
+        return replace(pool, indices=np.concatenate([_reading_order(config, own, "test", own.test) for own in owners]))
+    indices = np.sort(np.concatenate([client.test for client in owners]))
     return replace(pool, indices=stream(config.seed, "union-order").permutation(indices))
+
+
+def _reading_order(config: FrampConfig, client: ClientSplit, use: str, positions: np.ndarray) -> np.ndarray:
+    """Positions as they are read; pools may be sorted by class, which batches of neighbours must not be."""
+    if not config.model.batch_statistics and config.local.reshuffle:
+        return positions
+    return stream(config.seed, "reading-order", client.name, use).permutation(positions)
 
 
 def load_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
@@ -187,9 +199,9 @@ def load_client(config: FrampConfig, partition_id: int, partitions: int) -> Clie
         classes=images.classes,
         shape=images.shape,
         normaliser=images.normaliser,
-        train=replace(train, indices=split.train),
-        validation=replace(train, indices=split.validation),
-        test=replace(test, indices=split.test),
+        train=replace(train, indices=_reading_order(config, split, "train", split.train)),
+        validation=replace(train, indices=_reading_order(config, split, "validation", split.validation)),
+        test=replace(test, indices=_reading_order(config, split, "test", split.test)),
         union_test=_union(config, partitions),
         partition_digest=partition.digest,
     )

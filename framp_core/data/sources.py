@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from framp_core.config import DataConfig
 from framp_core.data.cache import cached, file_stamps
-from framp_core.data.transforms import Normaliser
+from framp_core.data.transforms import PUBLISHED, Normaliser
 from framp_core.errors import DataError
 from framp_core.randomness import stream
 
@@ -36,7 +36,7 @@ class ImageData:
         test_images: uint8 ``(M, C, H, W)``, a read-only memory map.
         test_labels: int64 ``(M,)``.
         class_names: name of each label.
-        normaliser: measured on the train pool.
+        normaliser: measured on the train pool, or the published one.
     """
 
     train_images: np.ndarray
@@ -72,8 +72,21 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
         seed: decides the test split where the source has none.
 
     Raises:
-        DataError: files are missing, empty, damaged, of mixed sizes, or a class is missing in one split.
+        DataError: files are missing, empty, damaged, of mixed sizes, a class is missing in one split, or
+            ``config.normalisation`` wants images of three channels.
     """
+    images = _opened(config, seed)
+    if config.normalisation == "measured":
+        return images
+    if images.shape[0] != len(PUBLISHED.mean):
+        raise DataError(
+            f"data.normalisation='published' has constants for 3 channels and the images of {config.name!r} have "
+            f"{images.shape[0]}; use 'measured'"
+        )
+    return replace(images, normaliser=PUBLISHED)
+
+
+def _opened(config: DataConfig, seed: int) -> ImageData:
     if config.name == "digits":
         return _digits(config, seed)
     if not config.root:

@@ -296,7 +296,8 @@ class SubmodelStrategy(Strategy):
         model = build_model(self.config.model, first.shape, first.classes)
         self.layout = ParameterLayout.of(model)
         self._classes, self._feature_size = first.classes, model.feature_size
-        facts = self.build(initial_parameters(model, self.config.seed), model.feature_size, first)
+        initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
+        facts = self.build(initial, model.feature_size, first)
         if nodes != wanted:
             logger.warning(
                 "the data are partitioned over %d nodes, the configuration asks for %d; to get them: "

@@ -13,8 +13,9 @@ class FiarseStrategy(FrampStrategy):
     No hook is overridden. Extraction: the k largest |theta_0| of the whole network (``extraction.name``
     global-top-k, ``extraction.fan-in-exponent`` 0). Local training: the threshold-controlled gradient
     (``local.threshold-gradient``). Server: ``theta_0 += sum_i m_i * Delta_i / sum_i m_i`` per coordinate, 0 / 0 := 0
-    (``server.weighting`` coverage, plain SGD of rate 1). Nothing is aligned, so no prototypes travel. The settings
-    stand in ``framp_core/methods.py``; those without which it would be another method are required here.
+    (``server.weighting`` coverage, or non-zero as in the authors' code; plain SGD of rate 1). Nothing is aligned, so no
+    prototypes travel. The settings stand in ``framp_core/methods.py``; those without which it would be another method
+    are required here. ``presets/fiarse-cifar10.toml`` is the published experiment.
     """
 
     required: ClassVar[Mapping[str, Scalar]] = {"generator.name": "shared", "local.alignment-weight": 0.0}

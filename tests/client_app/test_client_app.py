@@ -160,3 +160,21 @@ def test_a_submodel_of_another_size_is_refused(tiny: Build) -> None:
     config = tiny({"capacity.sizes": "1/4"})
     blob, *_ = submodel(config, capacity=0.5)
     assert ask(config, "train", blob)["error"]["type"] == "MaskMismatchError"
+
+
+def test_augmentation_at_test_touches_the_clients_own_test_images_alone(tiny: Build) -> None:
+    blob, *_ = submodel(tiny(), capacity=1.0)
+
+    def counts(server_round: int = 1, **values: Scalar) -> dict[str, int]:
+        flat: dict[str, Scalar] = {"capacity.sizes": "1", "partition.clients": 1, "partition.unseen-clients": 4}
+        config = tiny({**flat, **values})
+        return dict(ask(config, "evaluate", blob, round=server_round)["metrics"])
+
+    augmented: dict[str, Scalar] = {"evaluation.augment": True}
+    clean, first = counts(), counts(**augmented)
+    assert counts(**augmented) == first
+    assert {key for key in clean if clean[key] != first[key]} <= {"local-correct"}
+    locals_of_rounds = {counts(number, **augmented)["local-correct"] for number in range(1, 6)}
+    assert len(locals_of_rounds | {clean["local-correct"]}) > 1
+    fine_tuned = tiny({**augmented, "capacity.sizes": "1", "evaluation.fine-tune-steps": 1})
+    assert "local-correct-tuned" in ask(fine_tuned, "evaluate", blob, final=True)["metrics"]

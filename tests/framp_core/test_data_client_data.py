@@ -281,3 +281,32 @@ def test_names_are_cut_from_the_longest_and_not_below_four_characters():
     assert shares_text(shares, 30) == "aut… 50 %, tru… 30 %, cat 20 %"
     assert shares_text(shares, 29) == "automobile 50 %, truck 30 %"
     assert shares_text(shares, 1) == "aut… 50 %"
+
+
+READING = {
+    "batch statistics": {"model.normalisation": "batch-statistics"},
+    "fixed batches": {"local.reshuffle": False},
+}
+
+
+@pytest.mark.parametrize("values", READING.values(), ids=READING)
+def test_where_neighbours_matter_images_are_read_in_one_random_order(config, values):
+    asked = FrampConfig.from_flat({**config.to_flat(), **values})
+    plain, own, again = load_client(config, 3, 24), load_client(asked, 3, 24), load_client(asked, 3, 24)
+    for use in ("train", "validation", "test"):
+        before, after = getattr(plain, use).indices, getattr(own, use).indices
+        np.testing.assert_array_equal(before, np.sort(before))
+        np.testing.assert_array_equal(np.sort(after), before)
+        assert len(after) < 3 or not np.array_equal(after, before)
+        np.testing.assert_array_equal(after, getattr(again, use).indices)
+    np.testing.assert_array_equal(own.union_test.indices, plain.union_test.indices)
+    assert own.partition_digest == plain.partition_digest
+
+
+@pytest.mark.parametrize("values", [{}, *READING.values()], ids=["plain", *READING])
+def test_the_union_can_be_client_after_client(config, values):
+    asked = FrampConfig.from_flat({**config.to_flat(), **values, "evaluation.union-by-client": True})
+    clients = [load_client(asked, index, 24) for index in range(24)]
+    expected = np.concatenate([client.test.indices for client in clients if client.role == "train"])
+    for client in clients:
+        np.testing.assert_array_equal(client.union_test.indices, expected)

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from framp_core.config import DataConfig
 from framp_core.data.sources import load_images
+from framp_core.data.transforms import Normaliser
 from framp_core.errors import DataError
 
 
@@ -300,3 +301,19 @@ def test_an_empty_class_folder_and_a_dangling_link_are_named(tmp_path):
     (root / "b" / "link.png").symlink_to(root / "gone.png")
     with pytest.raises(DataError, match=r"b/link.png' cannot be read"):
         load_images(folder_config(tmp_path), seed=0)
+
+
+def test_published_normalisation_leaves_the_pixels_alone(tmp_path):
+    root = tmp_path / "images"
+    write_folder(root, {"train/a": 3, "train/b": 3, "test/a": 2, "test/b": 2})
+    measured, published = (
+        load_images(folder_config(tmp_path, normalisation=name), 0) for name in ("measured", "published")
+    )
+    assert published.normaliser == Normaliser((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert measured.normaliser == Normaliser.of(measured.train_images) != published.normaliser
+    np.testing.assert_array_equal(measured.train_images, published.train_images)
+
+
+def test_published_normalisation_is_for_three_channels(tmp_path):
+    with pytest.raises(DataError, match=r"3 channels and the images of 'digits' have 1"):
+        load_images(config(tmp_path, normalisation="published"), 0)

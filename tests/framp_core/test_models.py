@@ -212,3 +212,33 @@ def test_slim_networks_have_the_widths_that_are_left():
     assert norms == [(2, 1)] * (1 + first + with_shortcut) + [(3, 1)] * (2 * with_shortcut)
     assert model.feature_size == 3
     assert model(images(2, 3, 8, 8))[0].shape == (2, 5)
+
+
+def parts_of(config: ModelConfig, initialisation: str) -> dict[str, torch.Tensor]:
+    model = build_model(config, (3, 8, 8), 100)
+    layout = ParameterLayout.of(model)
+    values = layout.split(initial_parameters(model, 0, initialisation))
+    return {slot.name: part for slot, part in zip(layout.slots, values, strict=True)}
+
+
+def test_uniform_initialisation_is_that_of_pytorchs_layers():
+    parts = parts_of(ModelConfig(widths=(32, 64)), "uniform")
+    for name, fan_in in {"features.0.weight": 27, "features.4.weight": 288, "head.weight": 64, "head.bias": 64}.items():
+        bound = fan_in**-0.5
+        assert 0.9 * bound < parts[name].abs().max() <= bound
+        # A uniform variable's square has mean b^2 / 3 and variance 4 b^4 / 45; five standard errors.
+        tolerance = 5 * math.sqrt(4 / 5 / parts[name].numel())
+        assert parts[name].square().mean().item() == pytest.approx(bound**2 / 3, rel=tolerance)
+    torch.manual_seed(0)
+    assert nn.Conv2d(3, 4000, 3).weight.std().item() == pytest.approx((1 / 27 / 3) ** 0.5, rel=0.02)
+    assert torch.equal(parts["features.1.weight"], torch.ones(32))
+    assert torch.equal(parts["features.1.bias"], torch.zeros(32))
+    assert not torch.equal(parts["head.bias"], parts_of(ModelConfig(widths=(32, 64)), "he")["head.bias"])
+
+
+def test_a_maskable_head_bias_changes_what_is_ranked_and_nothing_else():
+    plain, ranked = (build_model(ModelConfig(maskable_head_bias=on), (3, 8, 8), 5) for on in (False, True))
+    before, after = ParameterLayout.of(plain).slots, ParameterLayout.of(ranked).slots
+    assert [slot.name for slot, other in zip(before, after, strict=True) if slot != other] == ["head.bias"]
+    assert (before[-1].maskable, after[-1].maskable, after[-1].fan_in) == (False, True, 1)
+    assert torch.equal(initial_parameters(plain, 0), initial_parameters(ranked, 0))

@@ -296,3 +296,21 @@ def test_shared_generator_has_one_optimizer_and_no_personal_gradient():
     assert norms["personal_gradient_norm"] == 0.0
     assert norms["shared_gradient_norm"] > 0
     assert not [key for key in update.state_dict() if key.startswith("personal_optimizer")]
+
+
+def test_non_zero_is_the_mean_over_the_clients_that_moved_a_coordinate():
+    descriptors, deltas, masks, examples = round_of(3)
+    deltas[0] *= np.arange(N) % 2  # every other coordinate is held and stays
+    moved = np.stack([delta != 0 for delta in deltas]).sum(axis=0)
+    expected = np.where(moved > 0, np.sum(deltas, axis=0) / np.maximum(moved, 1), 0)
+
+    def step(weighting: str) -> np.ndarray:
+        generator = build("shared")
+        before = generator.theta_0.detach().numpy().copy()
+        GeneratorUpdate(generator, ServerConfig(weighting=weighting, **PLAIN)).step(
+            descriptors, deltas, masks, examples
+        )
+        return generator.theta_0.detach().numpy() - before
+
+    np.testing.assert_allclose(step("non-zero"), expected, atol=1e-6)
+    assert not np.allclose(step("coverage"), expected, atol=1e-3)

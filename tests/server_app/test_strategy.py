@@ -375,11 +375,12 @@ def test_an_existing_run_folder_is_left_alone(tiny: Build) -> None:
 
 
 def test_every_generator_and_descriptor_runs(tiny: Build) -> None:
-    for generator in ("modulated", "low-rank", "chunked", "dense", "shared"):
+    for generator in ("mixture", "modulated", "low-rank", "chunked", "dense", "shared"):
         run_local(tiny({"rounds": 1, "generator.name": generator}, generator))
-    for descriptor in ("moments", "histogram", "warmup"):
+    sizes = {"class-moments": 10 * (1 + 32), "moments": 10 + 2 * 32, "histogram": 10, "warmup": 8}
+    for descriptor, size in sizes.items():
         run = run_local(tiny({"rounds": 1, "descriptor.name": descriptor}, descriptor))
-        assert events(run, "start")[0]["descriptor_floats"] == {"moments": 42, "histogram": 10, "warmup": 8}[descriptor]
+        assert events(run, "start")[0]["descriptor_floats"] == size
 
 
 def test_a_server_step_lowers_the_loss_of_the_client_that_sent_the_delta(tiny: Build) -> None:
