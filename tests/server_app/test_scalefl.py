@@ -34,6 +34,7 @@ WIDTHS = (8, 16, 16)
 CHANNELS = {Fraction(1, 16): [3, 5], Fraction(1, 4): [6, 12], Fraction(1): [8, 16, 16]}
 """Channels held of a network of 3,688 weights: 27 + 135 + 80 = 242 for 230.5, 54 + 648 + 180 = 882 for 922, all."""
 SETUP: dict[str, Scalar] = {
+    "descriptor.name": "histogram",
     "server.clients-per-round": 4,
     "partition.unseen-clients": 0,
     "model.widths": ",".join(map(str, WIDTHS)),

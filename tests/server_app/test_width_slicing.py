@@ -32,6 +32,7 @@ from server_app.strategies.heterofl import HeteroFLStrategy
 Build = Callable[..., FrampConfig]
 FIRST, SECOND = 8, 16  # channels of the conv net in 4 normalisation groups
 SETUP: dict[str, Scalar] = {
+    "descriptor.name": "histogram",
     "server.clients-per-round": 4,
     "partition.unseen-clients": 0,
     "model.widths": f"{FIRST},{SECOND}",
