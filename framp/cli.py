@@ -16,7 +16,7 @@ from rich.table import Table
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig, Scalar, parse_override
 from framp_core.errors import ConfigError, FrampError
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, settings_of
 
 if TYPE_CHECKING:
     from framp_core.data import DataSummary
@@ -59,10 +59,8 @@ def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar)
     ``-o method=NAME`` takes any method of the comparison and lays its settings under the other options.
     """
     values = {**read_overrides(overrides), **fixed}
-    method = METHODS.get(str(values.get("method")))
-    if method is not None:
-        values = {**values, "method": "framp", **method.settings, **{k: v for k, v in values.items() if k != "method"}}
-    return FrampConfig.load(path, values)
+    method = str(values.get("method"))
+    return FrampConfig.load(path, settings_of(method, values) if method in METHODS else values)
 
 
 def new_run_folder(config_path: Path | None) -> Path:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -55,6 +56,18 @@ Widths = Annotated[
     BeforeValidator(_comma_separated),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
     Field(min_length=1),
+]
+
+
+def _strengths(value: object) -> object:
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Strengths = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...],
+    BeforeValidator(_strengths),
+    AfterValidator(lambda values: tuple(sorted(set(values)))),
+    PlainSerializer(lambda values: ",".join(str(value).removesuffix(".0") for value in values), return_type=str),
 ]
 
 
@@ -238,6 +251,10 @@ class EvaluationConfig(_Section):
     )
     local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
     union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")
+    prior_strengths: Strengths = Field(
+        (0.0, 0.25, 0.5, 1.0),
+        description="the last evaluation also counts at each of these strengths, Local, Union and Unseen; empty: off",
+    )
     fine_tune_steps: int = Field(0, ge=0, description="local steps before a second measurement at the end; 0: off")
 
 

@@ -295,19 +295,22 @@ def no_prototypes(model: FlatModel) -> Prototypes:
 
 
 @torch.inference_mode()
-def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, offset: Tensor | None) -> Accuracy:
-    """Accuracy of the network as it stands.
+def evaluate(model: FlatModel, images: LabelledImages, normaliser: Normaliser, offsets: Tensor) -> tuple[Accuracy, ...]:
+    """Accuracy of the network as it stands, under several adjustments of its logits at the cost of one pass.
 
     Args:
         model: the network, its parameters loaded.
         images: what to classify; may be empty.
         normaliser: turns uint8 images into the network's input.
-        offset: added to the logits ``(C,)``, such as a strength times :func:`log_prior`; None adds nothing.
+        offsets: added to the logits, one row for each adjustment ``(s, C)``, such as strengths times
+            :func:`log_prior`.
+
+    Returns:
+        One entry per row of ``offsets``.
     """
-    device = model.flat.device
-    adjustment = 0.0 if offset is None else offset.to(device)
-    correct = 0
-    for inputs, labels in clean_batches(images, normaliser, device):
-        adjusted = model(inputs)[0] + adjustment
-        correct += int((adjusted.argmax(dim=1) == labels).sum())
-    return Accuracy(correct, len(images))
+    offsets = offsets.to(model.flat.device)
+    correct = torch.zeros(len(offsets), dtype=torch.int64, device=offsets.device)
+    for inputs, labels in clean_batches(images, normaliser, offsets.device):
+        predicted = (model(inputs)[0] + offsets[:, None]).argmax(dim=2)
+        correct += (predicted == labels).sum(dim=1)
+    return tuple(Accuracy(count, len(images)) for count in correct.tolist())

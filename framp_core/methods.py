@@ -88,3 +88,14 @@ METHODS: dict[str, Method] = {
     "framp-unadjusted": Method("FRAMP, no logit adjustment", {"local.prior-strength": 0.0}, "ablation: tau = 0"),
 }
 """Methods by the name that ``framp compare --methods`` takes."""
+
+
+def settings_of(method: str, overrides: Settings) -> dict[str, Scalar]:
+    """The flat keys of a method to lay over a preset: its own, and the overrides on them.
+
+    Args:
+        method: key of :data:`METHODS`.
+        overrides: flat keys that hold for every method; ``method`` among them is left aside.
+    """
+    own = {key: value for key, value in overrides.items() if key != "method"}
+    return {"method": "framp", **METHODS[method].settings, **own}

@@ -50,11 +50,7 @@ class ClientAccuracy:
     total: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.correct <= self.total or self.total < 1:
-            raise ProtocolError(
-                f"{self.client} reports {self.correct} correct of {self.total} {self.population} images; "
-                "expected at least one image and 0 <= correct <= total"
-            )
+        _check_counts(self.client, self.population, [self.correct], self.total)
 
     @property
     def accuracy(self) -> float:
@@ -64,9 +60,55 @@ class ClientAccuracy:
     @property
     def column(self) -> Column | None:
         """Column of the results table; None for what no column shows (an unseen client on the union)."""
-        if self.role == "train":
-            return self.population
-        return "unseen" if self.population == "local" else None
+        return column_of(self.role, self.population)
+
+
+@dataclass(frozen=True)
+class PriorCounts:
+    """One client's submodel under several strengths of the class prior, counted in one pass over the same images.
+
+    Attributes:
+        client: name of the client.
+        role: whether the client trains, or is only evaluated ("unseen").
+        capacity: gamma as a fraction.
+        population: images it was measured on.
+        correct: images classified correctly at each strength, ``evaluation.prior-strengths`` in order.
+        total: images, >= 1.
+
+    Raises:
+        ProtocolError: the counts contradict each other.
+    """
+
+    client: str
+    role: Role
+    capacity: str
+    population: Population
+    correct: tuple[int, ...]
+    total: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self.client, self.population, self.correct, self.total)
+
+    @property
+    def column(self) -> Column | None:
+        """Column of the results table; see :attr:`ClientAccuracy.column`."""
+        return column_of(self.role, self.population)
+
+
+def column_of(role: Role, population: Population) -> Column | None:
+    """Column of the results table that a measurement counts in; None for an unseen client on the union."""
+    if role == "train":
+        return population
+    return "unseen" if population == "local" else None
+
+
+def _check_counts(client: str, population: str, correct: Sequence[int], total: int) -> None:
+    for count in correct:
+        if not 0 <= count <= total or total < 1:
+            raise ProtocolError(
+                f"{client} reports {count} correct of {total} {population} images; "
+                "expected at least one image and 0 <= correct <= total"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from framp_core.config import FrampConfig, Scalar
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, settings_of
 from framp_core.run_folder import SUMMARY, RunFolder
 
 Item = TypeVar("Item")
@@ -112,7 +112,7 @@ class Comparison:
         """
         own: dict[str, Scalar] = {"seed": seed, "output.folder": str(folder), "engine.workers": 1}
         tuned: dict[str, Scalar] = {} if learning_rate is None else {LEARNING_RATE: learning_rate}
-        return FrampConfig.load(self.preset, {**METHODS[method].settings, **self.overrides, **tuned, **own})
+        return FrampConfig.load(self.preset, settings_of(method, {**self.overrides, **tuned, **own}))
 
     def runs(self, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
         """One run per seed and method, a seed at a time: an early stop leaves whole seeds.
