@@ -107,6 +107,7 @@ def compare(
     tune: Annotated[bool, typer.Option("--tune", help="Choose each method's learning rate from --grid.")] = False,
     grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = "0.03,0.1,0.3",
     tuning_seed: Annotated[int | None, typer.Option(min=0, show_default="largest seed + 1000")] = None,
+    tuning_rounds: Annotated[int, typer.Option(min=0, show_default="as many as the others")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; resumed if it exists.", show_default="runs/compare")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")] = None,
 ) -> None:
@@ -123,7 +124,7 @@ def compare(
         out=(out or Path("runs") / "compare").expanduser().resolve(),
         reference=reference,
     )
-    plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed) if tune else None
+    plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed, tuning_rounds) if tune else None
     written = compare_methods(comparison, plan, workers, console)
     console.print(f"comparison: {written}", soft_wrap=True)
 

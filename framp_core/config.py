@@ -349,7 +349,7 @@ class FrampConfig(_Section):
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat dotted, hyphenated keys and scalar values: the argument of :meth:`from_flat`."""
-        return _flatten(self.to_nested())
+        return flatten(self.to_nested())
 
     def to_nested(self) -> dict[str, Any]:
         """Nested tables with hyphenated keys and scalar values."""
@@ -382,11 +382,12 @@ def _hyphenated(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Flat dotted, hyphenated keys of nested tables."""
     flat: dict[str, Scalar] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}".replace("_", "-")] = value
     return flat
@@ -394,7 +395,7 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 def _read_toml(path: Path) -> dict[str, Scalar]:
     try:
-        return _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         near = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f"; beside it lie {', '.join(near)}" if near else ""

@@ -27,6 +27,10 @@ STRENGTHENED: Settings = {"server.shared-momentum": 0.5, "server.averaging-decay
 """FRAMP's tricks that are not its ideas: server momentum, averaged weights, logit adjustment."""
 
 
+STRONG = "-strong"
+"""End of the key of a method with these."""
+
+
 @dataclass(frozen=True)
 class Method:
     """An entry of the comparison.
@@ -75,7 +79,7 @@ _PUBLISHED = {
 METHODS: dict[str, Method] = {
     "framp": Method("FRAMP", {"method": "framp"}, "Liang and Tay, arXiv 2604.11278"),
     **_PUBLISHED,
-    **{f"{name}-strong": method.strengthened() for name, method in _PUBLISHED.items()},
+    **{f"{name}{STRONG}": method.strengthened() for name, method in _PUBLISHED.items()},
     "local": Method("Local only", {**GLOBAL_MODEL, "method": "local"}, "each client alone, submodel of its capacity"),
     "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
     "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
@@ -88,6 +92,11 @@ METHODS: dict[str, Method] = {
     "framp-unadjusted": Method("FRAMP, no logit adjustment", {"local.prior-strength": 0.0}, "ablation: tau = 0"),
 }
 """Methods by the name that ``framp compare --methods`` takes."""
+
+
+def is_ablation(method: str, reference: str) -> bool:
+    """Whether a method is the reference with a part taken out or replaced, by its key: ``<reference>-...``."""
+    return method.startswith(f"{reference}-") and not method.endswith(STRONG)
 
 
 def settings_of(method: str, overrides: Settings) -> dict[str, Scalar]:

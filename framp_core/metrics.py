@@ -5,10 +5,10 @@ client weighs the same, however many images it has.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, Self
 
 from framp_core.errors import ProtocolError
 
@@ -93,6 +93,31 @@ class PriorCounts:
     def column(self) -> Column | None:
         """Column of the results table; see :attr:`ClientAccuracy.column`."""
         return column_of(self.role, self.population)
+
+
+@dataclass(frozen=True)
+class PriorCurve:
+    """What the strength of the class prior at deployment does, from the content of prior_curve.json.
+
+    Attributes:
+        strengths: of the prior, ascending.
+        clients: counts of every client and population.
+    """
+
+    strengths: tuple[float, ...]
+    clients: tuple[PriorCounts, ...]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read the content of prior_curve.json."""
+        rows = [{**row, "correct": tuple(row["correct"])} for row in content["clients"]]
+        return cls(tuple(content["strengths"]), tuple(PriorCounts(**row) for row in rows))
+
+    def mean(self, column: Column, capacity: str) -> list[float]:
+        """Mean accuracy over the clients of a size (or ``"mean"``: all) at each strength; empty if there are none."""
+        rows = [row for row in self.clients if row.column == column and capacity in (MEAN, row.capacity)]
+        shares = [[count / row.total for count in row.correct] for row in rows]
+        return [math.fsum(each) / len(rows) for each in zip(*shares, strict=True)]
 
 
 def column_of(role: Role, population: Population) -> Column | None:

@@ -96,17 +96,17 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
     """
     metrics = content.metric_records.get("metrics", MetricRecord())
     found = []
-    for population in ("local", "union") if strengths else ():
+    populations: tuple[Population, ...] = ("local", "union")
+    for population in populations if strengths else ():
         total, correct = metrics.get(f"{population}-total"), metrics.get(f"{population}-prior-correct")
         if not total:
             continue
-        whole = isinstance(correct, list) and len(correct) == strengths and all(isinstance(n, int) for n in correct)
-        if not whole or not isinstance(total, int):
+        counts = tuple(count for count in correct if isinstance(count, int)) if isinstance(correct, list) else ()
+        if len(counts) != strengths or not isinstance(total, int):
             raise ProtocolError(
                 f"{client.name} reports {correct!r} correct of {total!r} {population} images; "
                 f"expected a count for each of {strengths} strengths of the prior"
             )
-        counts = tuple(correct)  # type: ignore[arg-type]
         found.append(PriorCounts(client.name, client.role, str(client.capacity), population, counts, total))
     return found
 

@@ -51,7 +51,8 @@ class PlannedRun:
             RunFolderError: the folder holds something else, or a run with other settings.
             ConfigError: the folder's configuration is not one of this version.
         """
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        # A run that was killed while it wrote its first file leaves no more than that file's temporary one.
+        if not self.folder.is_dir() or all(entry.suffix == ".tmp" for entry in self.folder.iterdir()):
             return False
         found = RunFolder.open(self.folder)
         if found.config.digest() != self.config.digest():
@@ -74,6 +75,7 @@ class Comparison:
         seeds: one run per method and seed; the seed fixes the partition.
         out: absolute folder of the comparison.
         reference: the method that the others are tested against.
+        made_by: the command that does it as a part of a study; empty: ``framp compare``.
 
     Raises:
         ConfigError: an unknown or repeated method or seed, fewer than one of either, a reference that is not among
@@ -86,13 +88,14 @@ class Comparison:
     seeds: tuple[int, ...]
     out: Path
     reference: str = field(default="")
+    made_by: str = field(default="")
 
     def __post_init__(self) -> None:
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"--{what} {','.join(map(str, values))!r}: give one or more, each once")
         for name in (*self.methods, *([self.reference] if self.reference else [])):
-            _check_known(name, METHODS, "method")
+            check_known(name, METHODS, "method")
         if not self.reference:
             object.__setattr__(self, "reference", self.methods[0])
         if self.reference not in self.methods:
@@ -147,7 +150,7 @@ def find_preset(name: str) -> Path | None:
     found = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
     if name == "digits":
         return None
-    _check_known(name, {"digits": None, **found}, "preset")
+    check_known(name, {"digits": None, **found}, "preset")
     return found[name]
 
 
@@ -184,7 +187,12 @@ def _numbers_of(config: FrampConfig) -> dict[str, Scalar]:
     }
 
 
-def _check_known(name: str, known: Iterable[str], what: str) -> None:
+def check_known(name: str, known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known, and say which one is near.
+
+    Raises:
+        ConfigError: it is not known.
+    """
     names: Sequence[str] = list(known)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

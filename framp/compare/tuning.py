@@ -22,19 +22,22 @@ class TuningPlan:
     Attributes:
         seed: of the tuning runs.
         grid: learning rates of the clients, ascending.
+        rounds: of each tuning run; 0: as many as the comparison's.
     """
 
     seed: int
     grid: tuple[float, ...]
+    rounds: int = 0
 
     @classmethod
-    def of(cls, comparison: Comparison, grid: Sequence[float], seed: int | None = None) -> Self:
+    def of(cls, comparison: Comparison, grid: Sequence[float], seed: int | None = None, rounds: int = 0) -> Self:
         """Check what was asked for.
 
         Args:
             comparison: what is compared.
             grid: learning rates in any order.
             seed: the tuning seed; None: the largest seed of the comparison plus 1000.
+            rounds: of each tuning run; 0: as many as the comparison's.
 
         Raises:
             ConfigError: the seed is one of the comparison's, the grid is empty or names a rate twice, an override
@@ -51,7 +54,7 @@ class TuningPlan:
         fraction = comparison.config(comparison.methods[0], seed, comparison.out).partition.validation_fraction
         if fraction == 0:
             raise ConfigError("--tune needs validation data: partition.validation-fraction is 0; set it, to 0.1 say")
-        return cls(seed, rates)
+        return cls(seed, rates, rounds)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Tuning:
         validation: method -> mean validation accuracy over training clients, one per learning rate; None for a run
             that failed.
         failures: tuning runs that failed.
+        setting: the setting of the study that it was done in, if that is another one.
     """
 
     plan: TuningPlan
     validation: dict[str, tuple[float | None, ...]]
     failures: tuple[Failure, ...]
+    setting: str = ""
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -89,6 +94,8 @@ class Tuning:
             "key": LEARNING_RATE,
             "seed": self.plan.seed,
             "grid": list(self.plan.grid),
+            "rounds": self.plan.rounds or None,
+            "setting": self.setting or None,
             "validation": {method: list(scores) for method, scores in self.validation.items()},
             "chosen": self.chosen,
         }
@@ -107,16 +114,17 @@ def tune(comparison: Comparison, plan: TuningPlan, workers: int | None, console:
         RunFolderError: see :func:`framp.compare.runner.execute`.
     """
     keys = [(method, rate) for rate in plan.grid for method in comparison.methods]
-    runs = {(method, rate): _planned(comparison, method, rate, plan.seed) for method, rate in keys}
+    runs = {(method, rate): _planned(comparison, method, rate, plan) for method, rate in keys}
     failures = execute(list(runs.values()), workers, console, "tuning")
     scores = {key: _validation(run) for key, run in runs.items()}
     validation = {method: tuple(scores[method, rate] for rate in plan.grid) for method in comparison.methods}
     return Tuning(plan, validation, tuple(failures))
 
 
-def _planned(comparison: Comparison, method: str, rate: float, seed: int) -> PlannedRun:
+def _planned(comparison: Comparison, method: str, rate: float, plan: TuningPlan) -> PlannedRun:
     folder = comparison.out / FOLDER / f"{method}-rate{rate:g}"
-    return PlannedRun(method, comparison.config(method, seed, folder, rate))
+    config = comparison.config(method, plan.seed, folder, rate)
+    return PlannedRun(method, config.model_copy(update={"rounds": plan.rounds or config.rounds}))
 
 
 def _validation(run: PlannedRun) -> float | None:

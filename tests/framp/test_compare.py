@@ -363,7 +363,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_the_best_within_budget() 
     bases |= {("local", 0): 40, ("local", 1): 40}
     runs = tuple(result(name, seed, {"local": base, "union": base}) for (name, seed), base in bases.items())
     results = Results(("framp", "fedavg", "local"), (0, 1), runs)
-    local, union = tables.accuracy_tables(results)
+    local, union = tables.accuracy_tables(results, "framp")
     assert local.table.headings == ("Method", "1/4", "1", "Mean")
     # Clients of 1/4 have 0, 1, 2, 3 more than the base, so 51.5 and 55.5 in the two seeds; their deviation is sqrt(8).
     assert local.table.rows[0][1] == tables.Cell("53.5", "±2.8")
@@ -373,7 +373,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_the_best_within_budget() 
     text = tables.markdown(local.table, local.best)
     assert "| FRAMP | **53.5 ±2.8** | **57.5 ±2.8** | **55.5 ±2.8** |" in text
     alone = Results(("framp",), (0,), runs[:1])
-    assert tables.accuracy_tables(alone)[0].table.rows[0][1] == tables.Cell("51.5")
+    assert tables.accuracy_tables(alone, "framp")[0].table.rows[0][1] == tables.Cell("51.5")
 
 
 def test_a_terminal_table_loses_no_number_where_it_is_too_narrow() -> None:
