@@ -130,6 +130,26 @@ def compare(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="TOML file of a study.", show_default=False)],
+    override: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; resumed if it exists.", show_default="runs/FILE")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Copy page, figures and data into this folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare methods in several settings, and write one page over all."""
+    from framp.study import export_study, read_study, run_study
+
+    target = (out or Path("runs") / file.stem).expanduser().resolve()
+    asked = read_study(file, read_overrides(override), target)
+    console.print(f"study: {run_study(asked, workers, console)}", soft_wrap=True)
+    if export is not None:
+        console.print(f"exported: {export_study(asked, export.expanduser().resolve())}", soft_wrap=True)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
     """Write report.html of a run folder again, and print its table."""
     from framp_core.report import results_table, summary_of_run, write_report

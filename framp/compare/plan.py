@@ -21,6 +21,9 @@ LEARNING_RATE = "local.learning-rate"
 OPTIONS = {"seed": "--seeds", "method": "--methods", "output.folder": "--out", "engine.workers": "--workers"}
 """Keys that the comparison sets itself, and the option that says how."""
 
+PLACES = ("data.root", "data.cache")
+"""Keys that say where data lie, which never change the numbers."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -131,6 +134,10 @@ class Comparison:
             for name in methods
         ]
 
+    def public_overrides(self) -> dict[str, Scalar]:
+        """The overrides without the places of data on this machine."""
+        return {key: value for key, value in self.overrides.items() if key.replace("_", "-") not in PLACES}
+
     def replaced(self) -> dict[str, list[str]]:
         """Overrides that replace what a method's paper fixes, and the methods that each of them changes."""
         given = {key.replace("_", "-") for key in self.overrides}
@@ -179,11 +186,10 @@ def parse_list(text: str, option: str, kind: Callable[[str], Item]) -> tuple[Ite
 
 def _numbers_of(config: FrampConfig) -> dict[str, Scalar]:
     """The flat keys that :meth:`framp_core.config.FrampConfig.digest` covers."""
-    aside = ("data.root", "data.cache")
     return {
         key: value
         for key, value in config.to_flat().items()
-        if key not in aside and not key.startswith(("engine.", "output."))
+        if key not in PLACES and not key.startswith(("engine.", "output."))
     }
 
 

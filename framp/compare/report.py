@@ -249,12 +249,15 @@ def _accuracy_note(comparison: Comparison, results: Results) -> str:
     return " ".join(part for part in parts if part)
 
 
-def test_note(tests: Sequence[PairedTest]) -> str:
-    """What the tests test, and what they do not."""
-    counted = sum(test.p is not None for test in tests)
+def test_note(corrected: str) -> str:
+    """What the tests test, and what they do not.
+
+    Args:
+        corrected: which tests Holm's correction is over.
+    """
     return (
         f"Positive: better than the method of that line. A pair is one client of one seed under both methods. p: "
-        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over all {counted} tests against "
+        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over {corrected} against "
         f"methods (sizes and all clients together; ablations not counted); * p < {LEVEL:g} after correction. Fewer "
         f"than {MINIMUM_PAIRS} pairs are not tested. Clients, 95 %: bootstrap over clients, {RESAMPLES:,} resamples. "
         "Clients of one seed share a server and its model, so they are not independent: these tests and intervals "
@@ -265,11 +268,15 @@ def test_note(tests: Sequence[PairedTest]) -> str:
     )
 
 
+def _corrected(tests: Sequence[PairedTest]) -> str:
+    return f"all {sum(test.p is not None for test in tests)} tests of this comparison"
+
+
 def _tests(results: Results, tests: Sequence[PairedTest]) -> list[str]:
     if not tests:
         return ["There is nothing to test: fewer than two methods have finished runs of one seed."]
     folded = f"<details><summary>Every test</summary>\n\n{tables.markdown(tables.test_table(tests))}\n\n</details>"
-    return [test_note(tests), tables.markdown(tables.overall_table(tests, "Against")),
+    return [test_note(_corrected(tests)), tables.markdown(tables.overall_table(tests, "Against")),
             *_titled(tables.difference_tables(results, tests)), folded]  # fmt: skip
 
 
@@ -289,7 +296,7 @@ def print_comparison(console: Console, compared: Compared) -> None:
     for each in parts:
         console.print()
         console.print(tables.Uncut(each), crop=False)
-    for note in [*compared.notes, *([test_note(against)] if compared.tests else [])]:
+    for note in [*compared.notes, *([test_note(_corrected(against))] if against else [])]:
         console.print()
         console.print(note, highlight=False, markup=False)
 

@@ -77,7 +77,7 @@ def prior_tables(results: Results) -> list[Titled]:
     sizes = [*results.capacities, MEAN]
     rows = tuple(
         (Cell(title(name)), Cell(f"{strength:g}"),
-         *(_over_seeds(results.at_strength(name, "local", each, strength)) for each in sizes))
+         *(over_seeds(results.at_strength(name, "local", each, strength)) for each in sizes))
         for name in results.methods for strength in strengths
     )  # fmt: skip
     table = Table(("Method", "Prior", *map(size, sizes)), rows, labels=1)
@@ -276,11 +276,11 @@ def _accuracy_table(results: Results, reference: str, column: Column) -> Titled:
         shown = {name: percent(fmean(over)) for name in within if (over := values[name, each])}
         highest = max(shown.values(), key=float, default=None)
         best |= {(results.methods.index(name), place) for name, text in shown.items() if text == highest}
-    table = _by_size(results, sizes, lambda name, each: _over_seeds(values[name, each]))
+    table = _by_size(results, sizes, lambda name, each: over_seeds(values[name, each]))
     return Titled(f"{POPULATIONS[column][0]} accuracy, %", table, frozenset(best) if len(within) > 1 else frozenset())
 
 
-def _over_seeds(accuracies: Sequence[float]) -> Cell:
+def over_seeds(accuracies: Sequence[float]) -> Cell:
     """Mean, and standard deviation over seeds if there are two."""
     mean = fmean(accuracies) if accuracies else None
     return Cell(percent(mean), f"±{100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else "")

@@ -75,4 +75,5 @@ def _panel(axes: Axes, snapshot: Snapshot, colours: Colormap, scale: Normalize) 
     first, second = plane.explained_variance_ratio_
     axes.set_xlabel(f"Component 1 ({first:.0%} of the variance)")
     axes.set_ylabel(f"Component 2 ({second:.0%})")
-    axes.tick_params(labelbottom=False, labelleft=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
