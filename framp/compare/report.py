@@ -104,7 +104,7 @@ def _page(compared: Compared) -> list[str]:
         "## Methods", tables.markdown(tables.method_table(results, tuning)), *_tuning(tuning),
         "## Accuracy", _accuracy_note(comparison, results),
         *_titled(tables.accuracy_tables(shown, comparison.reference)), *_priors(shown),
-        f"## {_name(comparison)} against the others", *_tests(results, compared.against),
+        *_against(compared),
         *ablation_section(compared),
         "## What it costs", _COST_NOTE, *_titled(tables.cost_tables(results)),
         "## Figures", *map(_figure, compared.figures),
@@ -165,14 +165,15 @@ def ablation_section(compared: Compared, level: str = "##") -> list[str]:
     counted = sum(test.p is not None for test in tests)
     said = (
         f"{_name(comparison)} minus each of its ablations, in points, all sizes together; positive: the part that the "
-        "ablation lacks helps. Tests and intervals as above; Holm's correction is over these "
-        f"{counted} tests (sizes included) alone. Ablations take no part in the ranking above."
+        "ablation lacks helps. Holm's correction is over these "
+        f"{counted} tests (sizes included) alone, and ablations take no part in the ranking above."
     )
     own = results.only([comparison.reference, *(test.method for test in tests)])
     accuracies = "\n\n".join(_titled(tables.accuracy_tables(own, comparison.reference)))
     folded = f"<details><summary>Their accuracy</summary>\n\n{accuracies}\n\n</details>"
     table = tables.markdown(tables.overall_table(tests, "Without it"))
-    return [f"{level} What each part contributes", said, table, folded]
+    note = [] if compared.against else [_note(compared)]
+    return [f"{level} What each part contributes", said, *note, table, folded]
 
 
 def _subject(comparison: Comparison) -> str:
@@ -257,9 +258,9 @@ def test_note(corrected: str) -> str:
     """
     return (
         f"Positive: better than the method of that line. A pair is one client of one seed under both methods. p: "
-        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over {corrected} against "
-        f"methods (sizes and all clients together; ablations not counted); * p < {LEVEL:g} after correction. Fewer "
-        f"than {MINIMUM_PAIRS} pairs are not tested. Clients, 95 %: bootstrap over clients, {RESAMPLES:,} resamples. "
+        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over {corrected}, sizes and all "
+        f"clients together; * p < {LEVEL:g} after correction. Fewer than {MINIMUM_PAIRS} pairs are not tested. "
+        f"Clients, 95 %: bootstrap over clients, {RESAMPLES:,} resamples. "
         "Clients of one seed share a server and its model, so they are not independent: these tests and intervals "
         "speak of clients under these trained models, not of another training. This weighs most on Union, where all "
         "clients have the same test images: clients with the same submodel repeat one number there. Seeds: paired t "
@@ -268,16 +269,21 @@ def test_note(corrected: str) -> str:
     )
 
 
-def _corrected(tests: Sequence[PairedTest]) -> str:
-    return f"all {sum(test.p is not None for test in tests)} tests of this comparison"
+def _note(compared: Compared) -> str:
+    """How to read the tests, those against other methods if there are any."""
+    tests, others = (compared.against, "other methods") if compared.against else (compared.ablations, "ablations")
+    return test_note(f"all {sum(test.p is not None for test in tests)} tests against {others}")
 
 
-def _tests(results: Results, tests: Sequence[PairedTest]) -> list[str]:
+def _against(compared: Compared) -> list[str]:
+    tests, heading = compared.against, f"## {_name(compared.comparison)} against the others"
+    if not compared.tests:
+        return [heading, "There is nothing to test: fewer than two methods have finished runs of one seed."]
     if not tests:
-        return ["There is nothing to test: fewer than two methods have finished runs of one seed."]
+        return []
     folded = f"<details><summary>Every test</summary>\n\n{tables.markdown(tables.test_table(tests))}\n\n</details>"
-    return [test_note(_corrected(tests)), tables.markdown(tables.overall_table(tests, "Against")),
-            *_titled(tables.difference_tables(results, tests)), folded]  # fmt: skip
+    return [heading, _note(compared), tables.markdown(tables.overall_table(tests, "Against")),
+            *_titled(tables.difference_tables(compared.results, tests)), folded]  # fmt: skip
 
 
 def _titled(found: Sequence[tables.Titled]) -> list[str]:
@@ -296,7 +302,7 @@ def print_comparison(console: Console, compared: Compared) -> None:
     for each in parts:
         console.print()
         console.print(tables.Uncut(each), crop=False)
-    for note in [*compared.notes, *([test_note(_corrected(against))] if against else [])]:
+    for note in [*compared.notes, *([_note(compared)] if compared.tests else [])]:
         console.print()
         console.print(note, highlight=False, markup=False)
 

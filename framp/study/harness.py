@@ -33,7 +33,7 @@ def run_study(study: Study, workers: int | None, console: Console) -> Path:
     for number, setting in enumerate(study.settings, start=1):
         console.rule(f"{number}/{len(study.settings)} {setting.name}", align="left")
         compared, failed = carry_out(setting.comparison, _rates(study, setting, workers, console), workers, console)
-        parts.append(Part(setting, compared))
+        parts += [Part(setting, compared)] if compared else []
         failures += failed
     written = write_study(study, parts)
     for each in summary_tables(parts):
@@ -47,8 +47,7 @@ def _rates(study: Study, setting: PlannedSetting, workers: int | None, console: 
     """How this setting chooses its learning rates, or the ones that an earlier setting chose: its runs are done."""
     if not setting.tuned_in:
         return setting.plan
-    source = next(each for each in study.settings if each.name == setting.tuned_in)
-    assert source.plan is not None
-    found = tune(source.comparison, source.plan, workers, console)
+    source, plan = next((each, each.plan) for each in study.settings if each.name == setting.tuned_in and each.plan)
+    found = tune(source.comparison, plan, workers, console)
     methods = setting.comparison.methods
     return Tuning(found.plan, {name: found.validation[name] for name in methods}, (), source.name)

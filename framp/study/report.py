@@ -28,10 +28,10 @@ CSV_KEYS = tuple(f"{column}{part}" for column in COLUMNS for part in ("", "_std"
 
 @dataclass(frozen=True)
 class Part:
-    """One setting and what came of it; None if none of its runs finished."""
+    """One setting and what came of it."""
 
     setting: PlannedSetting
-    compared: Compared | None
+    compared: Compared
 
     @property
     def reference(self) -> str:
@@ -41,7 +41,6 @@ class Part:
     @property
     def results(self) -> Results:
         """The finished runs."""
-        assert self.compared is not None
         return self.compared.results
 
 
@@ -52,21 +51,21 @@ def write_study(study: Study, parts: Sequence[Part]) -> Path:
 
     Args:
         study: what was asked for.
-        parts: its settings, in order.
+        parts: its settings with a finished run, in order.
 
     Returns:
         The path of study.md.
     """
-    done = [part for part in parts if part.compared]
+    done = {part.setting.name for part in parts}
     page = [
         f"# {study.title}", *([study.text.strip()] if study.text else []), f"```bash\n{study.command}\n```",
-        *(f"> Setting {part.setting.name} has no finished run." for part in parts if not part.compared),
-        "## Overview", *_overview(done),
-        *(text for part in done for text in _section(part)),
-        *_reading(done),
+        *(f"> Setting {each.name} has no finished run." for each in study.settings if each.name not in done),
+        "## Overview", *_overview(parts),
+        *(text for part in parts for text in _section(part)),
+        *_reading(parts),
     ]  # fmt: skip
-    write(study.out / JSON, json.dumps(_content(study, done), indent=1) + "\n")
-    write(study.out / CSV, _csv(done))
+    write(study.out / JSON, json.dumps(_content(study, parts), indent=1) + "\n")
+    write(study.out / CSV, _csv(parts))
     write(study.out / MARKDOWN, "\n\n".join(page) + "\n")
     return study.out / MARKDOWN
 
@@ -99,8 +98,7 @@ def export_study(study: Study, target: Path) -> Path:
 
 def summary_tables(parts: Sequence[Part]) -> list[tables.Uncut]:
     """The overview for the terminal."""
-    done = [part for part in parts if part.compared]
-    return [tables.Uncut(titled) for titled in _overview_tables(done)]
+    return [tables.Uncut(titled) for titled in _overview_tables(parts)]
 
 
 def _overview(parts: Sequence[Part]) -> list[str]:
@@ -143,7 +141,6 @@ def _claims(part: Part) -> tuple[Cell, ...]:
 
 def _section(part: Part) -> list[str]:
     setting, compared = part.setting, part.compared
-    assert compared is not None
     comparison = compared.comparison
     own = ", ".join(f"`{key}={value}`" for key, value in setting.comparison.public_overrides().items())
     parts = [f"## {setting.title}", *([setting.text.strip()] if setting.text else []),
@@ -166,7 +163,6 @@ def _section(part: Part) -> list[str]:
 
 
 def _rates(part: Part) -> str:
-    assert part.compared is not None
     tuning = part.compared.tuning
     rates = {
         tables.title(name): sorted({run.learning_rate for run in part.results.of(name)})
@@ -218,14 +214,13 @@ def _small(part: Part) -> list[str]:
 
 
 def _reading(parts: Sequence[Part]) -> list[str]:
-    tested = any(part.compared.against for part in parts if part.compared)
-    return ["## Reading the tests", test_note("all tests of a setting")] if tested else []
+    tested = any(part.compared.against for part in parts)
+    return ["## Reading the tests", test_note("all tests of a setting against other methods")] if tested else []
 
 
 def _content(study: Study, parts: Sequence[Part]) -> dict[str, Any]:
     settings = {}
     for part in parts:
-        assert part.compared is not None
         data = content(part.compared)
         rates = {name: sorted({run.learning_rate for run in part.results.of(name)}) for name in part.results.methods}
         kept = {key: value for key, value in data.items() if key != "runs"}
