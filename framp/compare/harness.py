@@ -65,7 +65,7 @@ def carry_out(
             write_tuning(comparison, tuning)
         runs = comparison.runs(tuning.chosen if tuning else None)
         failures += execute(runs, workers, console)
-        if failures and not any(run.is_finished() for run in runs):
+        if not any(run.is_finished() for run in runs):
             return None, failures
         return write_comparison(comparison, Results.read(runs), tuning, failures), failures
 

@@ -1,12 +1,14 @@
 """A study from its settings to its page."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from framp.compare.harness import carry_out, raise_for
 from framp.compare.runner import Failure
-from framp.compare.tuning import Tuning, TuningPlan, tune
+from framp.compare.tuning import Tuning, TuningPlan
 from framp.study.plan import PlannedSetting, Study
 from framp.study.report import Part, summary_tables, write_study
 
@@ -30,11 +32,17 @@ def run_study(study: Study, workers: int | None, console: Console) -> Path:
     """
     parts: list[Part] = []
     failures: list[Failure] = []
+    tuned: dict[str, Tuning] = {}
     for number, setting in enumerate(study.settings, start=1):
         console.rule(f"{number}/{len(study.settings)} {setting.name}", align="left")
-        compared, failed = carry_out(setting.comparison, _rates(study, setting, workers, console), workers, console)
-        parts += [Part(setting, compared)] if compared else []
+        if setting.tuned_in and setting.tuned_in not in tuned:
+            console.print(f"left out: no run of {setting.tuned_in} finished, so it chose no learning rates")
+            continue
+        compared, failed = carry_out(setting.comparison, rates_of(setting, tuned), workers, console)
         failures += failed
+        if compared:
+            parts.append(Part(setting, compared))
+            tuned |= {setting.name: compared.tuning} if compared.tuning else {}
     written = write_study(study, parts)
     for each in summary_tables(parts):
         console.print()
@@ -43,11 +51,15 @@ def run_study(study: Study, workers: int | None, console: Console) -> Path:
     return written
 
 
-def _rates(study: Study, setting: PlannedSetting, workers: int | None, console: Console) -> TuningPlan | Tuning | None:
-    """How this setting chooses its learning rates, or the ones that an earlier setting chose: its runs are done."""
+def rates_of(setting: PlannedSetting, tuned: Mapping[str, Tuning]) -> TuningPlan | Tuning | None:
+    """How a setting chooses its learning rates, or the ones that an earlier setting chose.
+
+    Args:
+        setting: which setting.
+        tuned: what earlier settings chose, by their names.
+    """
     if not setting.tuned_in:
         return setting.plan
-    source, plan = next((each, each.plan) for each in study.settings if each.name == setting.tuned_in and each.plan)
-    found = tune(source.comparison, plan, workers, console)
-    methods = setting.comparison.methods
-    return Tuning(found.plan, {name: found.validation[name] for name in methods}, (), source.name)
+    found = tuned[setting.tuned_in]
+    scores = {name: found.validation[name] for name in setting.comparison.methods}
+    return replace(found, validation=scores, failures=(), setting=setting.tuned_in)
