@@ -50,7 +50,7 @@ def test_the_interval_over_seeds_by_hand() -> None:
     assert found is not None
     # Standard deviation 0.03, so the mean's error is 0.03 / sqrt(3); t(0.975, 2) is 4.303.
     half = 4.302653 * 0.03 / math.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((0.07 - half, 0.07 + half))
+    assert (found.low, found.high) == pytest.approx((0.07 - half, 0.07 + half), abs=1e-6)
     assert found.p == pytest.approx(stats.ttest_rel([0.6, 0.5, 0.4], [0.5, 0.46, 0.33]).pvalue)
 
 
