@@ -1,6 +1,6 @@
 """What a client does with a message; knows Flower's records and nothing of its transport."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Self
@@ -178,12 +178,13 @@ class Client:
         Populations: ``local`` (own test images, class prior of strength ``evaluation.local-prior-strength``),
         ``validation`` (own validation images, same prior) and, for a client that trains, ``union`` (test images
         of all clients that train, ``evaluation.union-prior-strength``). ``evaluation.augment`` crops and flips the
-        images of ``local``, in the same way before and after fine-tuning. With ``evaluation.fine-tune-steps`` the
-        last evaluation measures again after that many local steps (keys ending in ``-tuned``).
+        images of ``local``, in the same way before and after fine-tuning. The last evaluation also counts ``local`` and
+        ``union`` at each of ``evaluation.prior-strengths`` (keys ending in ``-prior-correct``), and with
+        ``evaluation.fine-tune-steps`` measures again after that many local steps (keys ending in ``-tuned``).
         """
         model, submodel = self._read(payload)
         model.load(torch.from_numpy(submodel.theta()))
-        counts = self._measure(model, server_round)
+        counts = self._measure(model, server_round, strengths=self.config.evaluation.prior_strengths if final else ())
         steps = self.config.evaluation.fine_tune_steps
         if final and steps:
             rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
@@ -215,7 +216,9 @@ class Client:
         model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 
-    def _measure(self, model: FlatModel, server_round: int, suffix: str = "") -> dict[str, MetricRecordValues]:
+    def _measure(
+        self, model: FlatModel, server_round: int, suffix: str = "", strengths: Sequence[float] = ()
+    ) -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
         populations = {
@@ -229,10 +232,13 @@ class Client:
         for name, (images, strength) in populations.items():
             augmented = settings.augment and name == "local"
             rng = stream(self.config.seed, "test-augmentation", self.data.name, server_round) if augmented else None
-            offset = strength * prior if strength else None
-            result = evaluate(model, images, self.data.normaliser, offset, settings.batch_size, rng)
+            swept = strengths if name != "validation" else ()
+            offsets = torch.stack([each * prior for each in (strength, *swept)])
+            result, *curve = evaluate(model, images, self.data.normaliser, offsets, settings.batch_size, rng)
             counts[f"{name}-correct{suffix}"] = result.correct
             counts[f"{name}-total{suffix}"] = result.total
+            if curve:
+                counts[f"{name}-prior-correct"] = [each.correct for each in curve]
         return counts
 
 

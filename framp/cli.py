@@ -16,7 +16,7 @@ from rich.table import Table
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig, Scalar, parse_override
 from framp_core.errors import ConfigError, FrampError
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, settings_of
 
 if TYPE_CHECKING:
     from framp_core.data import DataSummary
@@ -59,10 +59,8 @@ def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar)
     ``-o method=NAME`` takes any method of the comparison and lays its settings under the other options.
     """
     values = {**read_overrides(overrides), **fixed}
-    method = METHODS.get(str(values.get("method")))
-    if method is not None:
-        values = {**values, "method": "framp", **method.settings, **{k: v for k, v in values.items() if k != "method"}}
-    return FrampConfig.load(path, values)
+    method = str(values.get("method"))
+    return FrampConfig.load(path, settings_of(method, values) if method in METHODS else values)
 
 
 def new_run_folder(config_path: Path | None) -> Path:
@@ -109,6 +107,7 @@ def compare(
     tune: Annotated[bool, typer.Option("--tune", help="Choose each method's learning rate from --grid.")] = False,
     grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = "0.03,0.1,0.3",
     tuning_seed: Annotated[int | None, typer.Option(min=0, show_default="largest seed + 1000")] = None,
+    tuning_rounds: Annotated[int, typer.Option(min=0, show_default="as many as the others")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; resumed if it exists.", show_default="runs/compare")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")] = None,
 ) -> None:
@@ -125,9 +124,29 @@ def compare(
         out=(out or Path("runs") / "compare").expanduser().resolve(),
         reference=reference,
     )
-    plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed) if tune else None
+    plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed, tuning_rounds) if tune else None
     written = compare_methods(comparison, plan, workers, console)
     console.print(f"comparison: {written}", soft_wrap=True)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="TOML file of a study.", show_default=False)],
+    override: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; resumed if it exists.", show_default="runs/FILE")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Copy page, figures and data into this folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare methods in several settings, and write one page over all."""
+    from framp.study import export_study, read_study, run_study
+
+    target = (out or Path("runs") / file.stem).expanduser().resolve()
+    asked = read_study(file, read_overrides(override), target)
+    console.print(f"study: {run_study(asked, workers, console)}", soft_wrap=True)
+    if export is not None:
+        console.print(f"exported: {export_study(asked, export.expanduser().resolve())}", soft_wrap=True)
 
 
 @app.command()

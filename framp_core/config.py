@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -56,6 +57,18 @@ Widths = Annotated[
     BeforeValidator(_comma_separated),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
     Field(min_length=1),
+]
+
+
+def _strengths(value: object) -> object:
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Strengths = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...],
+    BeforeValidator(_strengths),
+    AfterValidator(lambda values: tuple(sorted(set(values)))),
+    PlainSerializer(lambda values: ",".join(str(value).removesuffix(".0") for value in values), return_type=str),
 ]
 
 
@@ -197,7 +210,10 @@ class GeneratorConfig(_Section):
 
     name: Literal["mixture", "modulated", "low-rank", "chunked", "dense", "shared"] = "mixture"
     hidden: int = Field(64, ge=1, description="hidden units of the descriptor network")
-    experts: int = Field(4, ge=1, description="experts B_k, each as large as the model (mixture)")
+    experts: int = Field(4, ge=1, description="K, experts B_k (mixture)")
+    expert_scope: Literal["head", "all"] = Field(
+        "head", description="what the experts cover (mixture): the head, or the whole network, each as large as it"
+    )
     rank: int = Field(1, ge=1, description="rank of the generated factors (low-rank)")
     chunk_size: int = Field(3072, ge=1, description="parameters per generated chunk (chunked)")
     chunk_embedding: int = Field(64, ge=1, description="floats that identify a chunk (chunked)")
@@ -290,6 +306,10 @@ class EvaluationConfig(_Section):
     augment: bool = Field(False, description="crop and flip the client's own test images, Local and Unseen (FIARSE)")
     local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
     union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")
+    prior_strengths: Strengths = Field(
+        (0.0, 0.25, 0.5, 1.0),
+        description="the last evaluation also counts at each of these strengths, Local, Union and Unseen; empty: off",
+    )
     fine_tune_steps: int = Field(0, ge=0, description="local steps before a second measurement at the end; 0: off")
 
 
@@ -394,7 +414,7 @@ class FrampConfig(_Section):
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat dotted, hyphenated keys and scalar values: the argument of :meth:`from_flat`."""
-        return _flatten(self.to_nested())
+        return flatten(self.to_nested())
 
     def to_nested(self) -> dict[str, Any]:
         """Nested tables with hyphenated keys and scalar values."""
@@ -427,11 +447,12 @@ def _hyphenated(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Flat dotted, hyphenated keys of nested tables."""
     flat: dict[str, Scalar] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}".replace("_", "-")] = value
     return flat
@@ -439,7 +460,7 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 def _read_toml(path: Path) -> dict[str, Scalar]:
     try:
-        return _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         near = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f"; beside it lie {', '.join(near)}" if near else ""

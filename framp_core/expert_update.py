@@ -40,7 +40,7 @@ class ExpertUpdate:
     def __init__(self, generator: Mixture, memory: float) -> None:
         self.generator = generator
         self.memory = memory
-        tensors = len(generator.layout.slots)
+        tensors = len(generator.scope)
         self.between = torch.zeros(tensors, dtype=torch.float64)
         self.within = torch.zeros(tensors, dtype=torch.float64)
 
@@ -61,7 +61,7 @@ class ExpertUpdate:
         gradient = torch.zeros_like(experts)
         shares = self.generator.shares(descriptors.to(experts.device)).detach()
         found = {}
-        for number, slot in enumerate(self.generator.layout.slots):
+        for number, slot in enumerate(self.generator.scope):
             delta, held = (
                 torch.from_numpy(np.stack([vector[slot.slice] for vector in vectors])).to(experts)
                 for vectors in (deltas, masks)
@@ -70,7 +70,8 @@ class ExpertUpdate:
             self.between[number] = SMOOTHING * self.between[number] + between
             self.within[number] = SMOOTHING * self.within[number] + within
             share = self._share(number)
-            gradient[:, slot.slice] = -share * difference
+            start = slot.offset - self.generator.scope[0].offset
+            gradient[:, start : start + slot.size] = -share * difference
             found[f"expert_share.{slot.name}"] = share
         experts.grad = gradient
         return found

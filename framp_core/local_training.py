@@ -327,25 +327,28 @@ def evaluate(
     model: FlatModel,
     images: LabelledImages,
     normaliser: Normaliser,
-    offset: Tensor | None,
+    offsets: Tensor,
     batch_size: int = INFERENCE_BATCH,
     rng: np.random.Generator | None = None,
-) -> Accuracy:
-    """Accuracy of the network as it stands.
+) -> tuple[Accuracy, ...]:
+    """Accuracy of the network as it stands, under several adjustments of its logits at the cost of one pass.
 
     Args:
         model: the network, its parameters loaded.
         images: what to classify; may be empty.
         normaliser: turns uint8 images into the network's input.
-        offset: added to the logits ``(C,)``, such as a strength times :func:`log_prior`; None adds nothing.
+        offsets: added to the logits, one row for each adjustment ``(s, C)``, such as strengths times
+            :func:`log_prior`.
         batch_size: images per batch; with batch statistics the accuracy depends on it.
         rng: draws augmentation; None leaves the images clean.
+
+    Returns:
+        One entry per row of ``offsets``.
     """
-    device = model.flat.device
-    adjustment = 0.0 if offset is None else offset.to(device)
-    correct = 0
+    offsets = offsets.to(model.flat.device)
+    correct = torch.zeros(len(offsets), dtype=torch.int64, device=offsets.device)
     lone_image = not model.model.batch_statistics
-    for inputs, labels in ordered_batches(images, normaliser, device, batch_size, rng, lone_image=lone_image):
-        adjusted = model(inputs)[0] + adjustment
-        correct += int((adjusted.argmax(dim=1) == labels).sum())
-    return Accuracy(correct, len(images))
+    for inputs, labels in ordered_batches(images, normaliser, offsets.device, batch_size, rng, lone_image=lone_image):
+        predicted = (model(inputs)[0] + offsets[:, None]).argmax(dim=2)
+        correct += (predicted == labels).sum(dim=1)
+    return tuple(Accuracy(count, len(images)) for count in correct.tolist())

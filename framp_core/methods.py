@@ -28,6 +28,10 @@ STRENGTHENED: Settings = {"server.shared-momentum": 0.5, "server.averaging-decay
 """FRAMP's tricks that are not its ideas: server momentum, averaged weights, logit adjustment."""
 
 
+STRONG = "-strong"
+"""End of the key of a method with these."""
+
+
 @dataclass(frozen=True)
 class Method:
     """An entry of the comparison.
@@ -81,13 +85,14 @@ _PUBLISHED = {
 METHODS: dict[str, Method] = {
     "framp": Method("FRAMP", {"method": "framp"}, "Liang and Tay, arXiv 2604.11278"),
     **_PUBLISHED,
-    **{f"{name}-strong": method.strengthened() for name, method in _PUBLISHED.items()},
+    **{f"{name}{STRONG}": method.strengthened() for name, method in _PUBLISHED.items()},
     "local": Method("Local only", {**GLOBAL_MODEL, "method": "local"}, "each client alone, submodel of its capacity"),
     "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
     "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
     "framp-layerwise": Method("FRAMP, layer-wise mask", {"extraction.name": "layer-top-k"}, "ablation: mask"),
     "framp-unnested": Method("FRAMP, no nested steps", {"local.nested-share": 0.0}, "ablation: own size alone"),
     "framp-modulated": Method("FRAMP, modulated", {"generator.name": "modulated"}, "ablation: generator"),
+    "framp-experts": Method("FRAMP, experts of all layers", {"generator.expert-scope": "all"}, "variant: generator"),
     "framp-low-rank": Method("FRAMP, low-rank", {"generator.name": "low-rank"}, "ablation: generator"),
     "framp-chunked": Method("FRAMP, chunked", {"generator.name": "chunked"}, "ablation: generator"),
     "framp-dense": Method("FRAMP, dense", {"generator.name": "dense"}, "ablation: generator"),
@@ -97,3 +102,19 @@ METHODS: dict[str, Method] = {
     "framp-unadjusted": Method("FRAMP, no logit adjustment", {"local.prior-strength": 0.0}, "ablation: tau = 0"),
 }
 """Methods by the name that ``framp compare --methods`` takes."""
+
+
+def is_ablation(method: str, reference: str) -> bool:
+    """Whether a method is the reference with a part taken out or replaced, by its key: ``<reference>-...``."""
+    return method.startswith(f"{reference}-") and not method.endswith(STRONG)
+
+
+def settings_of(method: str, overrides: Settings) -> dict[str, Scalar]:
+    """The flat keys of a method to lay over a preset: its own, and the overrides on them.
+
+    Args:
+        method: key of :data:`METHODS`.
+        overrides: flat keys that hold for every method; ``method`` among them is left aside.
+    """
+    own = {key: value for key, value in overrides.items() if key != "method"}
+    return {"method": "framp", **METHODS[method].settings, **own}

@@ -5,10 +5,10 @@ client weighs the same, however many images it has.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, Self
 
 from framp_core.errors import ProtocolError
 
@@ -50,11 +50,7 @@ class ClientAccuracy:
     total: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.correct <= self.total or self.total < 1:
-            raise ProtocolError(
-                f"{self.client} reports {self.correct} correct of {self.total} {self.population} images; "
-                "expected at least one image and 0 <= correct <= total"
-            )
+        _check_counts(self.client, self.population, [self.correct], self.total)
 
     @property
     def accuracy(self) -> float:
@@ -64,9 +60,80 @@ class ClientAccuracy:
     @property
     def column(self) -> Column | None:
         """Column of the results table; None for what no column shows (an unseen client on the union)."""
-        if self.role == "train":
-            return self.population
-        return "unseen" if self.population == "local" else None
+        return column_of(self.role, self.population)
+
+
+@dataclass(frozen=True)
+class PriorCounts:
+    """One client's submodel under several strengths of the class prior, counted in one pass over the same images.
+
+    Attributes:
+        client: name of the client.
+        role: whether the client trains, or is only evaluated ("unseen").
+        capacity: gamma as a fraction.
+        population: images it was measured on.
+        correct: images classified correctly at each strength, ``evaluation.prior-strengths`` in order.
+        total: images, >= 1.
+
+    Raises:
+        ProtocolError: the counts contradict each other.
+    """
+
+    client: str
+    role: Role
+    capacity: str
+    population: Population
+    correct: tuple[int, ...]
+    total: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self.client, self.population, self.correct, self.total)
+
+    @property
+    def column(self) -> Column | None:
+        """Column of the results table; see :attr:`ClientAccuracy.column`."""
+        return column_of(self.role, self.population)
+
+
+@dataclass(frozen=True)
+class PriorCurve:
+    """What the strength of the class prior at deployment does, from the content of prior_curve.json.
+
+    Attributes:
+        strengths: of the prior, ascending.
+        clients: counts of every client and population.
+    """
+
+    strengths: tuple[float, ...]
+    clients: tuple[PriorCounts, ...]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read the content of prior_curve.json."""
+        rows = [{**row, "correct": tuple(row["correct"])} for row in content["clients"]]
+        return cls(tuple(content["strengths"]), tuple(PriorCounts(**row) for row in rows))
+
+    def mean(self, column: Column, capacity: str) -> list[float]:
+        """Mean accuracy over the clients of a size (or ``"mean"``: all) at each strength; empty if there are none."""
+        rows = [row for row in self.clients if row.column == column and capacity in (MEAN, row.capacity)]
+        shares = [[count / row.total for count in row.correct] for row in rows]
+        return [math.fsum(each) / len(rows) for each in zip(*shares, strict=True)]
+
+
+def column_of(role: Role, population: Population) -> Column | None:
+    """Column of the results table that a measurement counts in; None for an unseen client on the union."""
+    if role == "train":
+        return population
+    return "unseen" if population == "local" else None
+
+
+def _check_counts(client: str, population: str, correct: Sequence[int], total: int) -> None:
+    for count in correct:
+        if not 0 <= count <= total or total < 1:
+            raise ProtocolError(
+                f"{client} reports {count} correct of {total} {population} images; "
+                "expected at least one image and 0 <= correct <= total"
+            )
 
 
 @dataclass(frozen=True)

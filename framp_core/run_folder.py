@@ -9,6 +9,8 @@ checkpoint/             checkpoint.json, which names the safetensors file beside
 masks.json              selection and overlap of the masks at the last evaluation
 summary.json            the results table; its presence says that the run finished
 clients.csv             every measurement of every client
+prior_curve.json        counts of every client at each of ``evaluation.prior-strengths``, at the last evaluation
+prototypes/             local and global prototypes of the first round that aligned, and of the last
 report.html, figures/   written by :mod:`framp_core.report`
 ======================  =====================================================================
 """
@@ -28,6 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +39,7 @@ from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
+from framp_core.prototypes import Prototypes
 
 PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "zstandard")
 
@@ -45,7 +50,9 @@ EVENTS = "events.jsonl"
 CLIENTS = "clients.csv"
 SUMMARY = "summary.json"
 MASKS = "masks.json"
+PRIOR_CURVE = "prior_curve.json"
 CHECKPOINT = "checkpoint"
+PROTOTYPES = "prototypes"
 
 
 class RunFolder:
@@ -222,6 +229,27 @@ class RunFolder:
         name = f"{CHECKPOINT}/{meta.pop('tensors')}"
         self._require(name)
         return load_file(self.path / name), meta
+
+    def write_prototypes(self, round: int, shared: Prototypes, local: Mapping[str, Prototypes]) -> None:
+        """Keep the prototypes of one round.
+
+        Args:
+            round: training round.
+            shared: global prototypes after it.
+            local: prototypes of the round's clients by name, not one of them empty.
+        """
+        arrays: dict[str, np.ndarray] = {"global.classes": shared.classes, "global.means": shared.means}
+        arrays["local.classes"] = np.concatenate([own.classes for own in local.values()])
+        arrays["local.means"] = np.concatenate([own.means for own in local.values()])
+        (self.path / PROTOTYPES).mkdir(exist_ok=True)
+        save_numpy(arrays, self.path / PROTOTYPES / f"round-{round:06d}.safetensors")
+
+    def prototypes(self) -> dict[int, dict[str, np.ndarray]]:
+        """What :meth:`write_prototypes` kept, by round: ``global.classes`` ``(p,)``, ``global.means`` ``(p, f)``, and
+        the rows of all clients one after the other as ``local.classes`` ``(q,)`` and ``local.means`` ``(q, f)``.
+        """
+        files = sorted((self.path / PROTOTYPES).glob("round-*.safetensors"))
+        return {int(file.stem.removeprefix("round-")): load_numpy(file) for file in files}
 
     def _require(self, name: str) -> None:
         if not self.has(name):

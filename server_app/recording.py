@@ -9,7 +9,7 @@ from flwr.app import MetricRecord, RecordDict
 from framp_core.config import FrampConfig
 from framp_core.data import load_partition
 from framp_core.errors import DataError, ProtocolError
-from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, summarise
+from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
 from server_app.registry import ClientRecord
 from server_app.replies import Refusal
 
@@ -81,6 +81,34 @@ def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict
     if not measured:
         raise ProtocolError(f"the reply of {client.name} holds no counts; its records are {sorted(content)}")
     return measured
+
+
+def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict) -> list[PriorCounts]:
+    """The counts at each strength of the class prior in a client's reply; none if none were asked for.
+
+    Args:
+        client: who replied.
+        strengths: how many strengths were asked for.
+        content: the reply.
+
+    Raises:
+        ProtocolError: not one count per strength, or counts that contradict each other.
+    """
+    metrics = content.metric_records.get("metrics", MetricRecord())
+    found = []
+    populations: tuple[Population, ...] = ("local", "union")
+    for population in populations if strengths else ():
+        total, correct = metrics.get(f"{population}-total"), metrics.get(f"{population}-prior-correct")
+        if not total:
+            continue
+        counts = tuple(count for count in correct if isinstance(count, int)) if isinstance(correct, list) else ()
+        if len(counts) != strengths or not isinstance(total, int):
+            raise ProtocolError(
+                f"{client.name} reports {correct!r} correct of {total!r} {population} images; "
+                f"expected a count for each of {strengths} strengths of the prior"
+            )
+        found.append(PriorCounts(client.name, client.role, str(client.capacity), population, counts, total))
+    return found
 
 
 def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS
 from framp.compare.tables import title
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, STRONG
 from framp_core.metrics import MEAN, Column
 from framp_core.report.figures import FOLDER, INK, MUTED, POPULATIONS, REFERENCE, STYLE, Drawn, size_colours
+from framp_core.report.prototypes import CAPTION, draw_prototypes, drawable
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7a68a6")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 WIDTH, PANEL = 9.6, 2.6
-STRONG = "-strong"
 _LEGEND_COLUMNS = 4
 SOLID: tuple[int, tuple[float, ...]] = (0, ())
 
@@ -94,7 +94,7 @@ def draw_figures(folder: Path, results: Results, reference: str) -> list[Drawn]:
     target.mkdir(parents=True, exist_ok=True)
     drawn = []
     with matplotlib.rc_context(STYLE):
-        for plan in _plans(results, looks(results.methods, reference)):
+        for plan in _plans(results, looks(results.methods, reference), reference):
             figure = Figure(figsize=plan.size, layout="constrained")
             plan.draw(figure)
             figure.savefig(target / f"{plan.name}.png")
@@ -102,7 +102,7 @@ def draw_figures(folder: Path, results: Results, reference: str) -> list[Drawn]:
     return drawn
 
 
-def _plans(results: Results, styles: Mapping[str, Look]) -> list[_Plan]:
+def _plans(results: Results, styles: Mapping[str, Look], reference: str) -> list[_Plan]:
     legend = 0.28 * _legend_rows(results.methods)
     over = "mean over seeds; bars: standard deviation over seeds" if len(results.seeds) > 1 else "one seed"
     band = " Bands: smallest to largest of the seeds." if len(results.seeds) > 1 else ""
@@ -116,6 +116,20 @@ def _plans(results: Results, styles: Mapping[str, Look]) -> list[_Plan]:
               "Further right is better, steeper is fairer.",
               (WIDTH, 3.4 + legend), lambda figure: _client_accuracy(figure, results, styles)),
     ]  # fmt: skip
+    if len(results.strengths) > 1:
+        plans.append(
+            _Plan("prior_curve", "Local against Union",
+                  "The strength of the class prior added at deployment moves every method along a curve: numbers are "
+                  "strengths, on the reference; every curve has the same, the smallest at its lower right end. Mean "
+                  "over clients of all sizes and over seeds. Further up and further right is better.",
+                  (0.75 * WIDTH, 4.6 + legend), lambda figure: _prior_curve(figure, results, styles, reference))
+        )  # fmt: skip
+    aligned = next((run for run in results.of(reference) if drawable(run.prototypes)), None)
+    if aligned is not None:
+        plans.append(
+            _Plan("prototypes", f"Prototypes of {METHODS[reference].title}", f"{CAPTION} Seed {aligned.seed}.",
+                  (WIDTH, 4.4), lambda figure: draw_prototypes(figure, aligned.prototypes))
+        )  # fmt: skip
     masked = [name for name in results.methods if _masks_of(results, name)]
     if masked:
         rows = math.ceil(len(masked) / 3)
@@ -197,6 +211,26 @@ def _client_accuracy(figure: Figure, results: Results, styles: Mapping[str, Look
         axes.set_ylim(0, 1.02)
     figure.axes[0].set_ylabel("Share of clients")
     _legend(figure, styles)
+
+
+def _prior_curve(figure: Figure, results: Results, styles: Mapping[str, Look], reference: str) -> None:
+    axes = figure.add_subplot()
+    for name in results.methods:
+        points = []
+        for strength in results.strengths:
+            union, local = (results.at_strength(name, column, MEAN, strength) for column in ("union", "local"))
+            if union and local:
+                points.append((100 * fmean(union), 100 * fmean(local), strength))
+        if points:
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], **styles[name].points())
+        for x, y, strength in points if name == reference else ():
+            axes.annotate(f"{strength:g}", (x, y), (7, 5), textcoords="offset points", fontsize=9, color=INK)
+    axes.set_xlabel("Union accuracy (%)")
+    axes.set_ylabel("Local accuracy (%)")
+    axes.xaxis.set_major_locator(_percents())
+    axes.yaxis.set_major_locator(_percents())
+    axes.margins(0.08)
+    _legend(figure, styles, columns=3)
 
 
 def _mask_selection(figure: Figure, results: Results, methods: Sequence[str]) -> None:
@@ -287,7 +321,7 @@ def _legend_rows(methods: Sequence[str]) -> int:
     return math.ceil(len(methods) / _LEGEND_COLUMNS)
 
 
-def _legend(figure: Figure, styles: Mapping[str, Look]) -> None:
+def _legend(figure: Figure, styles: Mapping[str, Look], columns: int = _LEGEND_COLUMNS) -> None:
     """The methods above the panels, where they can cover no curve."""
     handles = [Line2D([], [], label=title(name), **look.points()) for name, look in styles.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=_LEGEND_COLUMNS, handlelength=2.6, columnspacing=1.6)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6, columnspacing=1.6)

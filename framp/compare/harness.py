@@ -8,15 +8,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from framp.compare.plan import Comparison
-from framp.compare.report import write_comparison, write_tuning
+from framp.compare.report import MARKDOWN, Compared, print_comparison, write_comparison, write_tuning
 from framp.compare.results import Results
 from framp.compare.runner import Failure, execute
-from framp.compare.tuning import TuningPlan, tune
+from framp.compare.tuning import Tuning, TuningPlan, tune
 from framp_core.errors import EngineError, RunFolderError
 
 
 def compare_methods(comparison: Comparison, plan: TuningPlan | None, workers: int | None, console: Console) -> Path:
-    """Do what is missing of a comparison, and write its tables and figures.
+    """Do what is missing of a comparison, write its tables and figures, and print the tables.
 
     Args:
         comparison: what is compared.
@@ -32,21 +32,50 @@ def compare_methods(comparison: Comparison, plan: TuningPlan | None, workers: in
         RunFolderError: a run's folder holds something else, or another process works on this comparison.
         EngineError: runs failed; what the others gave is written all the same.
     """
+    compared, failures = carry_out(comparison, plan, workers, console)
+    if compared:
+        print_comparison(console, compared)
+    raise_for(failures, comparison.out)
+    return comparison.out / MARKDOWN
+
+
+def carry_out(
+    comparison: Comparison, plan: TuningPlan | Tuning | None, workers: int | None, console: Console
+) -> tuple[Compared | None, list[Failure]]:
+    """Do what is missing of a comparison, and write its tables and figures.
+
+    Args:
+        comparison: what is compared.
+        plan: how learning rates are chosen, or the ones that were chosen elsewhere; None: they stay as configured.
+        workers: runs at a time; None: one per core.
+        console: where progress is shown.
+
+    Returns:
+        What was written, None if no run finished; and the runs that failed.
+
+    Raises:
+        ConfigError: the settings of a run are invalid; then nothing is started.
+        RunFolderError: a run's folder holds something else, or another process works on this comparison.
+    """
     comparison.runs()
     with _alone(comparison.out):
-        tuning = tune(comparison, plan, workers, console) if plan else None
-        failures = list(tuning.failures) if tuning else []
+        tuning = tune(comparison, plan, workers, console) if isinstance(plan, TuningPlan) else plan
+        failures = list(tuning.failures) if tuning and tuning is not plan else []
         if tuning:
             write_tuning(comparison, tuning)
-        runs = comparison.runs(tuning.chosen if tuning else None)
+        runs = comparison.runs(tuning.rates(comparison) if tuning else None)
         failures += execute(runs, workers, console)
-        if not failures or any(run.is_finished() for run in runs):
-            written = write_comparison(comparison, Results.read(runs), tuning, failures, console)
-    _raise_for(failures, comparison.out)
-    return written
+        if not any(run.is_finished() for run in runs):
+            return None, failures
+        return write_comparison(comparison, Results.read(runs), tuning, failures), failures
 
 
-def _raise_for(failures: Sequence[Failure], out: Path) -> None:
+def raise_for(failures: Sequence[Failure], out: Path) -> None:
+    """Say which runs failed.
+
+    Raises:
+        EngineError: there are some.
+    """
     if failures:
         names = ", ".join(failure.run for failure in failures)
         raise EngineError(

@@ -10,7 +10,7 @@ from typing import TypeVar
 from framp_core.config import FrampConfig, Scalar
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, is_ablation, settings_of
 from framp_core.run_folder import SUMMARY, RunFolder
 
 Item = TypeVar("Item")
@@ -20,6 +20,9 @@ PRESETS = code_root() / "presets"
 LEARNING_RATE = "local.learning-rate"
 OPTIONS = {"seed": "--seeds", "method": "--methods", "output.folder": "--out", "engine.workers": "--workers"}
 """Keys that the comparison sets itself, and the option that says how."""
+
+PLACES = ("data.root", "data.cache")
+"""Keys that say where data lie, which never change the numbers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class PlannedRun:
             RunFolderError: the folder holds something else, or a run with other settings.
             ConfigError: the folder's configuration is not one of this version.
         """
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        # A run that was killed while it wrote its first file leaves no more than that file's temporary one.
+        if not self.folder.is_dir() or all(entry.suffix == ".tmp" for entry in self.folder.iterdir()):
             return False
         found = RunFolder.open(self.folder)
         if found.config.digest() != self.config.digest():
@@ -74,6 +78,7 @@ class Comparison:
         seeds: one run per method and seed; the seed fixes the partition.
         out: absolute folder of the comparison.
         reference: the method that the others are tested against.
+        made_by: the command that does it as a part of a study; empty: ``framp compare``.
 
     Raises:
         ConfigError: an unknown or repeated method or seed, fewer than one of either, a reference that is not among
@@ -86,13 +91,14 @@ class Comparison:
     seeds: tuple[int, ...]
     out: Path
     reference: str = field(default="")
+    made_by: str = field(default="")
 
     def __post_init__(self) -> None:
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"--{what} {','.join(map(str, values))!r}: give one or more, each once")
         for name in (*self.methods, *([self.reference] if self.reference else [])):
-            _check_known(name, METHODS, "method")
+            check_known(name, METHODS, "method")
         if not self.reference:
             object.__setattr__(self, "reference", self.methods[0])
         if self.reference not in self.methods:
@@ -112,7 +118,16 @@ class Comparison:
         """
         own: dict[str, Scalar] = {"seed": seed, "output.folder": str(folder), "engine.workers": 1}
         tuned: dict[str, Scalar] = {} if learning_rate is None else {LEARNING_RATE: learning_rate}
-        return FrampConfig.load(self.preset, {**METHODS[method].settings, **self.overrides, **tuned, **own})
+        return FrampConfig.load(self.preset, settings_of(method, {**self.overrides, **tuned, **own}))
+
+    def learning_rate_of(self, method: str) -> str:
+        """The method whose learning rate a method takes when rates are chosen: an ablation takes the reference's."""
+        return self.reference if is_ablation(method, self.reference) else method
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The methods that choose a learning rate of their own."""
+        return tuple(name for name in self.methods if self.learning_rate_of(name) == name)
 
     def runs(self, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
         """One run per seed and method, a seed at a time: an early stop leaves whole seeds.
@@ -127,6 +142,10 @@ class Comparison:
             for seed in self.seeds
             for name in methods
         ]
+
+    def public_overrides(self) -> dict[str, Scalar]:
+        """The overrides without the places of data on this machine."""
+        return {key: value for key, value in self.overrides.items() if key.replace("_", "-") not in PLACES}
 
     def replaced(self) -> dict[str, list[str]]:
         """Overrides that replace what a method's paper fixes, and the methods that each of them changes."""
@@ -147,7 +166,7 @@ def find_preset(name: str) -> Path | None:
     found = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
     if name == "digits":
         return None
-    _check_known(name, {"digits": None, **found}, "preset")
+    check_known(name, {"digits": None, **found}, "preset")
     return found[name]
 
 
@@ -176,15 +195,19 @@ def parse_list(text: str, option: str, kind: Callable[[str], Item]) -> tuple[Ite
 
 def _numbers_of(config: FrampConfig) -> dict[str, Scalar]:
     """The flat keys that :meth:`framp_core.config.FrampConfig.digest` covers."""
-    aside = ("data.root", "data.cache")
     return {
         key: value
         for key, value in config.to_flat().items()
-        if key not in aside and not key.startswith(("engine.", "output."))
+        if key not in PLACES and not key.startswith(("engine.", "output."))
     }
 
 
-def _check_known(name: str, known: Iterable[str], what: str) -> None:
+def check_known(name: str, known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known, and say which one is near.
+
+    Raises:
+        ConfigError: it is not known.
+    """
     names: Sequence[str] = list(known)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

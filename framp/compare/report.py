@@ -4,7 +4,7 @@ import csv
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,7 +19,7 @@ from framp.compare.results import Results
 from framp.compare.runner import Failure
 from framp.compare.statistics import COLUMNS, LEVEL, MINIMUM_PAIRS, RESAMPLES, PairedTest, compare
 from framp.compare.tuning import Tuning
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, is_ablation
 from framp_core.metrics import MEAN
 from framp_core.report.figures import FOLDER, Drawn
 from framp_core.report.tables import human_seconds
@@ -33,47 +33,94 @@ CSV_KEYS = (
 )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A comparison as it was written.
+
+    Attributes:
+        comparison: what was asked for.
+        results: the finished runs.
+        tuning: how the learning rates were chosen, or None if they were not.
+        tests: see :func:`framp.compare.statistics.compare`.
+        notes: what a reader must know besides.
+        figures: those that were drawn.
+    """
+
+    comparison: Comparison
+    results: Results
+    tuning: Tuning | None
+    tests: tuple[PairedTest, ...]
+    notes: tuple[str, ...]
+    figures: tuple[Drawn, ...]
+
+    @property
+    def path(self) -> Path:
+        """Of comparison.md."""
+        return self.comparison.out / MARKDOWN
+
+    @property
+    def shown(self) -> Results:
+        """Without the reference's ablations, which are another question, unless there is nothing else."""
+        names = [name for name in self.results.methods if not is_ablation(name, self.comparison.reference)]
+        return self.results.only(names) if len(names) > 1 else self.results
+
+    @property
+    def against(self) -> list[PairedTest]:
+        """Tests against other methods."""
+        return [test for test in self.tests if not test.ablation]
+
+    @property
+    def ablations(self) -> list[PairedTest]:
+        """Tests against ablations."""
+        return [test for test in self.tests if test.ablation]
+
+
 def write_comparison(
-    comparison: Comparison, results: Results, tuning: Tuning | None, failures: Sequence[Failure], console: Console
-) -> Path:
-    """Write everything that is said about a comparison, and print its tables.
+    comparison: Comparison, results: Results, tuning: Tuning | None, failures: Sequence[Failure]
+) -> Compared:
+    """Write everything that is said about a comparison.
 
     Args:
         comparison: what was asked for.
         results: the finished runs.
         tuning: how the learning rates were chosen, or None if they were not.
         failures: runs that did not finish.
-        console: where the tables go.
-
-    Returns:
-        The path of comparison.md.
     """
-    tests = compare(results, comparison.reference)
-    notes = _notes(comparison, results, failures)
-    figures = draw_figures(comparison.out, results, comparison.reference)
-    parts = [
-        f"# {_subject(comparison)}", _sentence(comparison, results), f"```bash\n{command(comparison, tuning)}\n```",
-        *(f"> {note}" for note in notes),
+    tests = tuple(compare(results, comparison.reference))
+    notes = tuple(_notes(comparison, results, failures))
+    compared = Compared(comparison, results, tuning, tests, notes, ())
+    compared = replace(compared, figures=tuple(draw_figures(comparison.out, compared.shown, comparison.reference)))
+    write(comparison.out / JSON, json.dumps({"command": command(compared), **content(compared)}, indent=2) + "\n")
+    write(comparison.out / CSV, _csv(results))
+    write(compared.path, "\n\n".join(_page(compared)) + "\n")
+    return compared
+
+
+def _page(compared: Compared) -> list[str]:
+    comparison, results, tuning, shown = compared.comparison, compared.results, compared.tuning, compared.shown
+    return [
+        f"# {_subject(comparison)}", sentence(comparison, results), f"```bash\n{command(compared)}\n```",
+        *(f"> {note}" for note in compared.notes),
         "## Methods", tables.markdown(tables.method_table(results, tuning)), *_tuning(tuning),
-        "## Accuracy", _accuracy_note(comparison, results), *_titled(tables.accuracy_tables(results)),
-        f"## {_name(comparison)} against the others", *_tests(results, tests),
+        "## Accuracy", _accuracy_note(comparison, results),
+        *_titled(tables.accuracy_tables(shown, comparison.reference)), *_priors(shown),
+        *_against(compared),
+        *ablation_section(compared),
         "## What it costs", _COST_NOTE, *_titled(tables.cost_tables(results)),
-        "## Figures", *map(_figure, figures),
+        "## Figures", *map(_figure, compared.figures),
     ]  # fmt: skip
-    _write(comparison.out / JSON, json.dumps(_content(comparison, results, tests, tuning, notes), indent=2) + "\n")
-    _write(comparison.out / CSV, _csv(results))
-    _write(comparison.out / MARKDOWN, "\n\n".join(parts) + "\n")
-    _print(console, comparison, results, tests, notes)
-    return comparison.out / MARKDOWN
 
 
 def write_tuning(comparison: Comparison, tuning: Tuning) -> None:
     """Write tuning.json: what was tried, on which seed, and what was chosen."""
-    _write(comparison.out / TUNING, json.dumps(tuning.to_dict(), indent=2) + "\n")
+    write(comparison.out / TUNING, json.dumps(tuning.to_dict(), indent=2) + "\n")
 
 
-def command(comparison: Comparison, tuning: Tuning | None) -> str:
+def command(compared: Compared) -> str:
     """The command that does this comparison again, without its folder."""
+    comparison, tuning = compared.comparison, compared.tuning
+    if comparison.made_by:
+        return comparison.made_by
     words = ["framp", "compare"]
     if comparison.preset:
         shipped = comparison.preset.parent == PRESETS
@@ -84,6 +131,7 @@ def command(comparison: Comparison, tuning: Tuning | None) -> str:
     if tuning:
         words += ["--tune", "--grid", ",".join(f"{rate:g}" for rate in tuning.plan.grid)]
         words += ["--tuning-seed", str(tuning.plan.seed)]
+        words += ["--tuning-rounds", str(tuning.plan.rounds)] if tuning.plan.rounds else []
     for key, value in comparison.overrides.items():
         words += ["-o", f"{key}={value}"]
     return shlex.join(words)
@@ -93,6 +141,39 @@ _COST_NOTE = (
     "Bytes are counted on the messages themselves; their mean is over all exchanges. Parameters held include the "
     "always-kept ones; their mean is over the training clients."
 )
+
+
+def _priors(results: Results) -> list[str]:
+    found = tables.prior_tables(results)
+    said = (
+        "The same models once more, counted in the same pass with the client's class prior added at other strengths: "
+        "0 leaves the model's own logits, 1 adds the whole log prior, for every method alike."
+    )
+    return [said, *_titled(found)] if found else []
+
+
+def ablation_section(compared: Compared, level: str = "##") -> list[str]:
+    """What each part of the reference contributes, as parts of a page; nothing without ablations.
+
+    Args:
+        compared: the comparison.
+        level: of the heading.
+    """
+    comparison, results, tests = compared.comparison, compared.results, compared.ablations
+    if not tests:
+        return []
+    counted = sum(test.p is not None for test in tests)
+    said = (
+        f"{_name(comparison)} minus each of its ablations, in points, all sizes together; positive: the part that the "
+        "ablation lacks helps. Holm's correction is over these "
+        f"{counted} tests (sizes included) alone, and ablations take no part in the ranking above."
+    )
+    own = results.only([comparison.reference, *(test.method for test in tests)])
+    accuracies = "\n\n".join(_titled(tables.accuracy_tables(own, comparison.reference)))
+    folded = f"<details><summary>Their accuracy</summary>\n\n{accuracies}\n\n</details>"
+    table = tables.markdown(tables.overall_table(tests, "Without it"))
+    note = [] if compared.against else [_note(compared)]
+    return [f"{level} What each part contributes", said, *note, table, folded]
 
 
 def _subject(comparison: Comparison) -> str:
@@ -107,7 +188,8 @@ def _figure(drawn: Drawn) -> str:
     return f"### {drawn.title}\n\n![{drawn.title}]({FOLDER}/{drawn.path.name})\n\n{drawn.caption}"
 
 
-def _sentence(comparison: Comparison, results: Results) -> str:
+def sentence(comparison: Comparison, results: Results) -> str:
+    """What was run, in words."""
     config = comparison.config(comparison.reference, comparison.seeds[0], comparison.out)
     seconds = sum(run.summary["seconds"] for run in results.runs)
     part = config.partition
@@ -142,9 +224,11 @@ def _notes(comparison: Comparison, results: Results, failures: Sequence[Failure]
 def _tuning(tuning: Tuning | None) -> list[str]:
     if tuning is None:
         return []
+    where = f" in the setting {tuning.setting}" if tuning.setting else ""
+    rounds = f", after {tuning.plan.rounds} rounds" if tuning.plan.rounds else ""
     said = (
-        f"`{LEARNING_RATE}` was chosen for each method from the grid below, by mean validation accuracy (%) of the "
-        f"training clients on seed {tuning.plan.seed}, which no result below uses."
+        f"`{LEARNING_RATE}` was chosen{where} for each method from the grid below, by mean validation accuracy (%) of "
+        f"the training clients on seed {tuning.plan.seed}{rounds}, which no result below uses."
     )
     return [said, tables.markdown(tables.tuning_table(tuning))]
 
@@ -166,58 +250,68 @@ def _accuracy_note(comparison: Comparison, results: Results) -> str:
     return " ".join(part for part in parts if part)
 
 
-def test_note(tests: Sequence[PairedTest]) -> str:
-    """What the tests test, and what they do not."""
-    counted = sum(test.p is not None for test in tests)
+def test_note(corrected: str) -> str:
+    """What the tests test, and what they do not.
+
+    Args:
+        corrected: which tests Holm's correction is over.
+    """
     return (
         f"Positive: better than the method of that line. A pair is one client of one seed under both methods. p: "
-        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over all {counted} tests of this "
-        f"comparison (sizes and all clients together); * p < {LEVEL:g} after correction. Fewer than {MINIMUM_PAIRS} "
-        f"pairs are not tested. Interval: bootstrap over clients, {RESAMPLES:,} resamples. Clients of one seed share "
-        "a server and its model, so they are not independent: the tests and intervals speak of clients under these "
-        "trained models, not of another training. This weighs most on Union, where all clients have the same test "
-        "images: clients with the same submodel repeat one number there. By seed: the mean over seeds, the standard "
-        "deviation over them, and each seed's own difference, which say how much a training varies."
+        f"two-sided Wilcoxon signed-rank test over the pairs, Holm's correction over {corrected}, sizes and all "
+        f"clients together; * p < {LEVEL:g} after correction. Fewer than {MINIMUM_PAIRS} pairs are not tested. "
+        f"Clients, 95 %: bootstrap over clients, {RESAMPLES:,} resamples. "
+        "Clients of one seed share a server and its model, so they are not independent: these tests and intervals "
+        "speak of clients under these trained models, not of another training. This weighs most on Union, where all "
+        "clients have the same test images: clients with the same submodel repeat one number there. Seeds: paired t "
+        "interval and t-test over the seeds' differences, each training counting once; p without correction. With few "
+        "seeds it is wide, and what it leaves open is open."
     )
 
 
-def _tests(results: Results, tests: Sequence[PairedTest]) -> list[str]:
+def _note(compared: Compared) -> str:
+    """How to read the tests, those against other methods if there are any."""
+    tests, others = (compared.against, "other methods") if compared.against else (compared.ablations, "ablations")
+    return test_note(f"all {sum(test.p is not None for test in tests)} tests against {others}")
+
+
+def _against(compared: Compared) -> list[str]:
+    tests, heading = compared.against, f"## {_name(compared.comparison)} against the others"
+    if not compared.tests:
+        return [heading, "There is nothing to test: fewer than two methods have finished runs of one seed."]
     if not tests:
-        return ["There is nothing to test: fewer than two methods have finished runs of one seed."]
-    overall = [test for test in tests if test.capacity == MEAN]
-    sizes = [test for test in tests if test.capacity != MEAN]
-    folded = f"<details><summary>Each size</summary>\n\n{tables.markdown(tables.test_table(sizes))}\n\n</details>"
-    return [test_note(tests), tables.markdown(tables.test_table(overall)),
-            *_titled(tables.difference_tables(results, tests)), folded]  # fmt: skip
+        return []
+    folded = f"<details><summary>Every test</summary>\n\n{tables.markdown(tables.test_table(tests))}\n\n</details>"
+    return [heading, _note(compared), tables.markdown(tables.overall_table(tests, "Against")),
+            *_titled(tables.difference_tables(compared.results, tests)), folded]  # fmt: skip
 
 
 def _titled(found: Sequence[tables.Titled]) -> list[str]:
     return [f"**{each.title}**\n\n{tables.markdown(each.table, each.best)}" for each in found]
 
 
-def _print(
-    console: Console, comparison: Comparison, results: Results, tests: Sequence[PairedTest], notes: Sequence[str]
-) -> None:
-    accuracies, costs = tables.accuracy_tables(results), tables.cost_tables(results)
-    differences = tables.difference_tables(results, tests)
-    for each in [*costs, *accuracies, *differences, *tables.brief_tests(tests, _name(comparison))]:
+def print_comparison(console: Console, compared: Compared) -> None:
+    """Print the tables of a comparison, and what a reader must know."""
+    comparison, results, shown = compared.comparison, compared.results, compared.shown
+    name, against, ablations = _name(comparison), compared.against, compared.ablations
+    parts = [*tables.cost_tables(results), *tables.accuracy_tables(shown, comparison.reference)]
+    parts += [*tables.prior_tables(shown), *tables.difference_tables(results, against)]
+    parts += tables.brief_tests(against, f"{name} against the others")
+    if ablations:
+        parts.append(tables.Titled(f"{name} minus its ablations, points", tables.contribution_table(ablations)))
+    for each in parts:
         console.print()
         console.print(tables.Uncut(each), crop=False)
-    for note in [*notes, *([test_note(tests)] if tests else [])]:
+    for note in [*compared.notes, *([_note(compared)] if compared.tests else [])]:
         console.print()
         console.print(note, highlight=False, markup=False)
 
 
-def _content(
-    comparison: Comparison,
-    results: Results,
-    tests: Sequence[PairedTest],
-    tuning: Tuning | None,
-    notes: Sequence[str],
-) -> dict[str, Any]:
+def content(compared: Compared) -> dict[str, Any]:
+    """The comparison as data, without a path of this machine."""
+    comparison, results, tests, tuning = compared.comparison, compared.results, compared.tests, compared.tuning
     sizes = [*results.capacities, MEAN]
     return {
-        "command": command(comparison, tuning),
         "reference": comparison.reference,
         "methods": {
             name: {
@@ -230,7 +324,7 @@ def _content(
         },
         "seeds": list(results.seeds),
         "tuning": tuning.to_dict() if tuning else None,
-        "notes": list(notes),
+        "notes": list(compared.notes),
         "runs": [
             {
                 "method": run.method, "seed": run.seed, "learning_rate": run.learning_rate,
@@ -238,13 +332,31 @@ def _content(
             }
             for run in results.runs
         ],
-        "results": [_over_seeds(results, name, each) for name in results.methods for each in sizes],
-        "tests": [{**asdict(test), "significant": test.significant} for test in tests],
-        "tests_corrected_together": sum(test.p is not None for test in tests),
+        "results": [mean_over_seeds(results, name, each) for name in results.methods for each in sizes],
+        "prior_curves": [_prior_curve(results, name, each) for name in results.methods for each in sizes],
+        "tests": [_test(test) for test in tests],
+        "tests_corrected_together": {
+            "methods": sum(test.p is not None for test in tests if not test.ablation),
+            "ablations": sum(test.p is not None for test in tests if test.ablation),
+        },
     }  # fmt: skip
 
 
-def _over_seeds(results: Results, method: str, capacity: str) -> dict[str, Any]:
+def _test(test: PairedTest) -> dict[str, Any]:
+    seeds = test.over_seeds
+    return {**asdict(test), "significant": test.significant, "over_seeds": asdict(seeds) if seeds else None}
+
+
+def _prior_curve(results: Results, method: str, capacity: str) -> dict[str, Any]:
+    """Mean over seeds at each strength of the class prior; None where a method was not measured."""
+    row: dict[str, Any] = {"method": method, "capacity": capacity, "strengths": results.strengths}
+    for column in COLUMNS:
+        values = [results.at_strength(method, column, capacity, strength) for strength in results.strengths]
+        row[column] = [fmean(over) if over else None for over in values]
+    return row
+
+
+def mean_over_seeds(results: Results, method: str, capacity: str) -> dict[str, Any]:
     """Mean and sample standard deviation over seeds; the latter is None for one seed, both for none."""
     row: dict[str, Any] = {"method": method, "capacity": capacity}
     for key in (*COLUMNS, *(key for key, *_ in tables.COSTS)):
@@ -266,7 +378,8 @@ def _csv(results: Results) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -1,14 +1,16 @@
 """What the finished runs of a comparison say, read from their folders alone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
+
 from framp.compare.plan import PlannedRun
 from framp_core.errors import RunFolderError
-from framp_core.metrics import MEAN, ClientAccuracy, Column, by_capacity, summarise
-from framp_core.run_folder import ENVIRONMENT, MANIFEST, MASKS, SUMMARY, RunFolder
+from framp_core.metrics import MEAN, ClientAccuracy, Column, PriorCurve, by_capacity, summarise
+from framp_core.run_folder import ENVIRONMENT, MANIFEST, MASKS, PRIOR_CURVE, SUMMARY, RunFolder
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class RunResult:
         masks: content of masks.json, or None.
         partition: digest of the partition.
         fingerprint: of the code that made it.
+        priors: content of prior_curve.json, or None.
+        prototypes: of the rounds that were kept, see :meth:`framp_core.run_folder.RunFolder.prototypes`.
     """
 
     method: str
@@ -34,6 +38,8 @@ class RunResult:
     masks: dict[str, Any] | None
     partition: str
     fingerprint: str
+    priors: PriorCurve | None = None
+    prototypes: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: PlannedRun) -> Self:
@@ -52,6 +58,8 @@ class RunResult:
             masks=folder.json(MASKS) if folder.has(MASKS) else None,
             partition=folder.json(MANIFEST)["digest"],
             fingerprint=folder.json(ENVIRONMENT)["fingerprint"],
+            priors=PriorCurve.of(folder.json(PRIOR_CURVE)) if folder.has(PRIOR_CURVE) else None,
+            prototypes=folder.prototypes(),
         )
 
     def row(self, capacity: str) -> dict[str, Any] | None:
@@ -103,6 +111,11 @@ class Results:
             runs=runs,
         )
 
+    def only(self, methods: Container[str]) -> Self:
+        """The same without the other methods."""
+        runs = tuple(run for run in self.runs if run.method in methods)
+        return type(self)(tuple(name for name in self.methods if name in methods), self.seeds, runs)
+
     def of(self, method: str) -> list[RunResult]:
         """The runs of a method, by seed as asked for."""
         return [run for run in self.runs if run.method == method]
@@ -133,6 +146,20 @@ class Results:
         """One number of the results table for each seed of a method, where it is known."""
         rows = [run.row(capacity) for run in self.of(method)]
         return [float(row[key]) for row in rows if row is not None and row[key] is not None]
+
+    @cached_property
+    def strengths(self) -> list[float]:
+        """Strengths of the class prior that runs were measured at, ascending."""
+        return sorted({strength for run in self.runs if run.priors for strength in run.priors.strengths})
+
+    def at_strength(self, method: str, column: Column, capacity: str, strength: float) -> list[float]:
+        """Mean accuracy over clients for each seed of a method, at one strength of the class prior."""
+        curves = [
+            (run.priors.strengths.index(strength), run.priors.mean(column, capacity))
+            for run in self.of(method)
+            if run.priors and strength in run.priors.strengths
+        ]
+        return [means[place] for place, means in curves if means]
 
 
 def _check_same_partition(runs: Sequence[RunResult]) -> None:

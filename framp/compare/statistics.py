@@ -3,16 +3,18 @@
 Clients of the same name in runs of the same seed hold the same images, so a pair is the difference of two methods on
 one client of one seed. The clients of one run share a server model, so their differences are not independent: a
 p-value over clients says how sure the difference is for models like these, not how it varies from one training to the
-next. For that the difference of each seed stands beside it.
+next. That is what the paired t-test over the differences of the seeds asks, at the price of having few of them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.special import stdtrit
+from scipy.stats import ttest_1samp, wilcoxon
 
 from framp.compare.results import Results
+from framp_core.methods import is_ablation
 from framp_core.metrics import MEAN, Column
 from framp_core.randomness import stream
 
@@ -37,7 +39,8 @@ class PairedTest:
         high: upper end.
         by_seed: the mean difference of each seed, in the order of the seeds.
         p: two-sided p of Wilcoxon's signed-rank test; None with fewer than :data:`MINIMUM_PAIRS` pairs.
-        p_holm: corrected for all tests of the comparison; None where ``p`` is.
+        p_holm: corrected for all tests of the comparison, or of the ablations; None where ``p`` is.
+        ablation: whether the method is an ablation of the reference.
     """
 
     method: str
@@ -50,6 +53,12 @@ class PairedTest:
     by_seed: tuple[float, ...]
     p: float | None
     p_holm: float | None
+    ablation: bool
+
+    @property
+    def over_seeds(self) -> "SeedTest | None":
+        """The same difference tested over seeds; None for one seed."""
+        return SeedTest.of(self.by_seed)
 
     @property
     def significant(self) -> bool:
@@ -57,22 +66,57 @@ class PairedTest:
         return self.p_holm is not None and self.p_holm < LEVEL
 
 
+@dataclass(frozen=True)
+class SeedTest:
+    """Paired t-test of the differences of seeds: each training counts once, however many clients it has.
+
+    Attributes:
+        low: lower end of the 95 % t interval of the mean over seeds.
+        high: upper end.
+        p: two-sided p, not corrected; None if all seeds differ by the same.
+    """
+
+    low: float
+    high: float
+    p: float | None
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> "SeedTest | None":
+        """The interval ``mean ± t(0.975, n - 1) * s / sqrt(n)`` and the p of n differences; None if n < 2."""
+        values, count = np.array(differences), len(differences)
+        if count < 2:
+            return None
+        half = float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count))
+        varies = np.ptp(values) > 1e-12
+        p = float(ttest_1samp(values, 0.0).pvalue) if varies else None
+        return cls(float(values.mean()) - half, float(values.mean()) + half, p)
+
+
 def compare(results: Results, reference: str) -> list[PairedTest]:
     """Test the reference against every other method on every column, on all clients together and by size.
 
-    Holm's correction is over all of these tests; which are left out for want of pairs does not depend on their
-    outcome.
+    Holm's correction is over the tests against other methods, and on its own over those against ablations, which ask
+    another question. Which tests are left out for want of pairs does not depend on their outcome.
 
     Args:
         results: the finished runs.
         reference: a method with at least one of them.
+
+    Returns:
+        The tests against other methods, then those against ablations.
     """
+    others = [name for name in results.methods if name != reference]
+    families = [[name for name in others if is_ablation(name, reference) is ablation] for ablation in (False, True)]
+    return [test for family in families for test in _tests(results, reference, family)]
+
+
+def _tests(results: Results, reference: str, methods: Sequence[str]) -> list[PairedTest]:
     found = [
         (method, column, capacity, by_seed)
-        for method in results.methods
+        for method in methods
         for column in COLUMNS
         for capacity in (*results.capacities, MEAN)
-        if method != reference and (by_seed := paired_differences(results, reference, method, column, capacity))
+        if (by_seed := paired_differences(results, reference, method, column, capacity))
     ]
     flat = [np.concatenate(list(by_seed.values())) for *_, by_seed in found]
     raw = [signed_rank_p(values) if len(values) >= MINIMUM_PAIRS else None for values in flat]
@@ -82,7 +126,7 @@ def compare(results: Results, reference: str) -> list[PairedTest]:
             method, column, capacity, len(values), float(values.mean()),
             *bootstrap_interval(values, stream(0, "comparison-bootstrap", method, column, capacity)),
             by_seed=tuple(float(own.mean()) for own in by_seed.values()),
-            p=p, p_holm=None if p is None else next(corrected),
+            p=p, p_holm=None if p is None else next(corrected), ablation=is_ablation(method, reference),
         )
         for (method, column, capacity, by_seed), values, p in zip(found, flat, raw, strict=True)
     ]  # fmt: skip

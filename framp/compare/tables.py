@@ -11,7 +11,7 @@ from rich.text import Text
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS, PairedTest
 from framp.compare.tuning import Tuning
-from framp_core.methods import METHODS
+from framp_core.methods import METHODS, is_ablation
 from framp_core.metrics import MEAN, Column
 from framp_core.report.figures import POPULATIONS
 from framp_core.report.tables import MISSING, Cell, Table, human_bytes, percent
@@ -63,12 +63,25 @@ def size(capacity: str) -> str:
     return "Mean" if capacity == MEAN else capacity
 
 
-def accuracy_tables(results: Results) -> list[Titled]:
+def accuracy_tables(results: Results, reference: str) -> list[Titled]:
     """Local, Union and Unseen by method and size: mean over seeds, ± standard deviation over seeds if there are two.
 
-    The best of the methods that keep to the budget stands out in each column.
+    The best of the methods that keep to the budget and are not ablations stands out in each column.
     """
-    return [_accuracy_table(results, column) for column in COLUMNS if _measured(results, column)]
+    return [_accuracy_table(results, reference, column) for column in COLUMNS if _measured(results, column)]
+
+
+def prior_tables(results: Results) -> list[Titled]:
+    """Local by method and size with no class prior at deployment and with the whole of it, where both were measured."""
+    strengths = [strength for strength in (0.0, 1.0) if strength in results.strengths]
+    sizes = [*results.capacities, MEAN]
+    rows = tuple(
+        (Cell(title(name)), Cell(f"{strength:g}"),
+         *(over_seeds(results.at_strength(name, "local", each, strength)) for each in sizes))
+        for name in results.methods for strength in strengths
+    )  # fmt: skip
+    table = Table(("Method", "Prior", *map(size, sizes)), rows, labels=1)
+    return [Titled("Local accuracy without and with the class prior, %", table)] if strengths else []
 
 
 def cost_tables(results: Results) -> list[Titled]:
@@ -108,26 +121,90 @@ def difference_tables(results: Results, tests: Sequence[PairedTest]) -> list[Tit
     ]
 
 
+def overall_table(tests: Sequence[PairedTest], against: str) -> Table:
+    """The tests on all clients together: what clients say, then what seeds say.
+
+    Args:
+        tests: of any size.
+        against: heading of the methods.
+    """
+    headings = (against, "Accuracy", "Diff.", "Clients: 95 %", "p, Holm", "Each seed", "Seeds: 95 %", "Seeds: p")
+
+    def row(test: PairedTest) -> tuple[Cell, ...]:
+        seeds = test.over_seeds
+        interval = _interval(seeds.low, seeds.high) if seeds else MISSING
+        return (
+            Cell(title(test.method)), Cell(POPULATIONS[test.column][0]), Cell(points(test.difference)),
+            Cell(_interval(test.low, test.high)), Cell(p_value(test.p_holm), "*" if test.significant else ""),
+            Cell(_each_seed(test)), Cell(interval), Cell(p_value(seeds.p if seeds else None)),
+        )  # fmt: skip
+
+    return Table(headings, tuple(row(test) for test in tests if test.capacity == MEAN), labels=2)
+
+
 def test_table(tests: Sequence[PairedTest]) -> Table:
     """Every test in full."""
-    headings = ("Against", "Accuracy", "Size", "Pairs", "Difference", "95 % interval", "By seed", "p", "p, Holm")
-    return Table(headings, tuple(_test_row(test) for test in tests), labels=3)
+    headings = (
+        "Against",
+        "Accuracy",
+        "Size",
+        "Pairs",
+        "Diff.",
+        "Clients: 95 %",
+        "p",
+        "p, Holm",
+        "Each seed",
+        "Seeds: p",
+    )
+
+    def row(test: PairedTest) -> tuple[Cell, ...]:
+        seeds = test.over_seeds
+        return (
+            Cell(title(test.method)), Cell(POPULATIONS[test.column][0]),
+            Cell(ALL if test.capacity == MEAN else test.capacity), Cell(str(test.pairs)), Cell(points(test.difference)),
+            Cell(_interval(test.low, test.high)), Cell(p_value(test.p)),
+            Cell(p_value(test.p_holm), "*" if test.significant else ""), Cell(_each_seed(test)),
+            Cell(p_value(seeds.p if seeds else None)),
+        )  # fmt: skip
+
+    return Table(headings, tuple(row(test) for test in tests), labels=3)
 
 
-def brief_tests(tests: Sequence[PairedTest], reference: str) -> list[Titled]:
+def brief_tests(tests: Sequence[PairedTest], heading: str) -> list[Titled]:
     """The tests on all clients together, a table for each accuracy, narrow enough for a terminal."""
 
     def row(test: PairedTest) -> tuple[Cell, ...]:
-        against, _, _, pairs, difference, interval, seeds, _, p = _test_row(test)
-        return against, pairs, difference, interval, Cell(seeds.text), p
+        seeds = test.over_seeds
+        return (
+            Cell(title(test.method)), Cell(str(test.pairs)), Cell(points(test.difference)),
+            Cell(_interval(test.low, test.high)), Cell(p_value(test.p_holm), "*" if test.significant else ""),
+            Cell(_interval(seeds.low, seeds.high) if seeds else MISSING),
+        )  # fmt: skip
 
     found = []
     for column in COLUMNS:
         rows = tuple(row(test) for test in tests if test.column == column and test.capacity == MEAN)
-        headings = ("Against", "Pairs", "Diff.", "95 % interval", "By seed", "p, Holm")
+        headings = ("Against", "Pairs", "Diff.", "Clients: 95 %", "p, Holm", "Seeds: 95 %")
         if rows:
-            found.append(Titled(f"{POPULATIONS[column][0]}, {reference} against the others", Table(headings, rows)))
+            found.append(Titled(f"{POPULATIONS[column][0]}, {heading}", Table(headings, rows)))
     return found
+
+
+def contribution_table(tests: Sequence[PairedTest]) -> Table:
+    """Reference minus each ablation on all clients together, with the interval over clients."""
+    found = {(test.method, test.column): test for test in tests if test.capacity == MEAN}
+    columns = [column for column in COLUMNS if any(test.column == column for test in tests)]
+
+    def cell(test: PairedTest | None) -> Cell:
+        if test is None:
+            return Cell(MISSING)
+        return Cell(points(test.difference), f"({_interval(test.low, test.high)}){'*' if test.significant else ''}")
+
+    rows = tuple(
+        (Cell(title(name)), *(cell(found.get((name, column))) for column in columns))
+        for name in dict.fromkeys(test.method for test in tests)
+    )
+    return Table(("Without it", *(POPULATIONS[column][0] for column in columns)), rows)
 
 
 def method_table(results: Results, tuning: Tuning | None) -> Table:
@@ -189,22 +266,24 @@ def _rendered(titled: Titled) -> RichTable:
     return shown
 
 
-def _accuracy_table(results: Results, column: Column) -> Titled:
+def _accuracy_table(results: Results, reference: str, column: Column) -> Titled:
     sizes = [*results.capacities, MEAN]
     values = {(name, each): results.over_seeds(name, column, each) for name in results.methods for each in sizes}
-
-    def cell(method: str, capacity: str) -> Cell:
-        over = values[method, capacity]
-        return Cell(percent(fmean(over) if over else None), f"±{100 * stdev(over):.1f}" if len(over) > 1 else "")
-
-    within = [name for name in results.methods if not METHODS[name].ignores_budget]
+    own = [name for name in results.methods if not is_ablation(name, reference)]
+    within = [name for name in own if not METHODS[name].ignores_budget]
     best = set()
     for place, each in enumerate(sizes, start=1):
         shown = {name: percent(fmean(over)) for name in within if (over := values[name, each])}
         highest = max(shown.values(), key=float, default=None)
         best |= {(results.methods.index(name), place) for name, text in shown.items() if text == highest}
-    table = _by_size(results, sizes, cell)
+    table = _by_size(results, sizes, lambda name, each: over_seeds(values[name, each]))
     return Titled(f"{POPULATIONS[column][0]} accuracy, %", table, frozenset(best) if len(within) > 1 else frozenset())
+
+
+def over_seeds(accuracies: Sequence[float]) -> Cell:
+    """Mean, and standard deviation over seeds if there are two."""
+    mean = fmean(accuracies) if accuracies else None
+    return Cell(percent(mean), f"±{100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else "")
 
 
 def _by_size(results: Results, sizes: Sequence[str], cell: Callable[[str, str], Cell]) -> Table:
@@ -216,18 +295,12 @@ def _measured(results: Results, column: Column) -> bool:
     return any(results.over_seeds(name, column, MEAN) for name in results.methods)
 
 
-def _test_row(test: PairedTest) -> tuple[Cell, ...]:
-    size_shown = ALL if test.capacity == MEAN else test.capacity
-    interval = f"{points(test.low)} to {points(test.high)}"
-    seeds = Cell(points(fmean(test.by_seed)))
-    if len(test.by_seed) > 1:
-        each = ", ".join(map(points, test.by_seed))
-        seeds = Cell(f"{seeds.text} ±{100 * stdev(test.by_seed):.1f}", f"({each})")
-    return (
-        Cell(title(test.method)), Cell(POPULATIONS[test.column][0]), Cell(size_shown), Cell(str(test.pairs)),
-        Cell(points(test.difference)), Cell(interval), seeds, Cell(p_value(test.p)),
-        Cell(p_value(test.p_holm), "*" if test.significant else ""),
-    )  # fmt: skip
+def _interval(low: float, high: float) -> str:
+    return f"{points(low)} to {points(high)}"
+
+
+def _each_seed(test: PairedTest) -> str:
+    return ", ".join(map(points, test.by_seed))
 
 
 def _text(cell: Cell, best: bool) -> Text:

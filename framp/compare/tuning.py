@@ -22,19 +22,22 @@ class TuningPlan:
     Attributes:
         seed: of the tuning runs.
         grid: learning rates of the clients, ascending.
+        rounds: of each tuning run; 0: as many as the comparison's.
     """
 
     seed: int
     grid: tuple[float, ...]
+    rounds: int = 0
 
     @classmethod
-    def of(cls, comparison: Comparison, grid: Sequence[float], seed: int | None = None) -> Self:
+    def of(cls, comparison: Comparison, grid: Sequence[float], seed: int | None = None, rounds: int = 0) -> Self:
         """Check what was asked for.
 
         Args:
             comparison: what is compared.
             grid: learning rates in any order.
             seed: the tuning seed; None: the largest seed of the comparison plus 1000.
+            rounds: of each tuning run; 0: as many as the comparison's.
 
         Raises:
             ConfigError: the seed is one of the comparison's, the grid is empty or names a rate twice, an override
@@ -51,7 +54,7 @@ class TuningPlan:
         fraction = comparison.config(comparison.methods[0], seed, comparison.out).partition.validation_fraction
         if fraction == 0:
             raise ConfigError("--tune needs validation data: partition.validation-fraction is 0; set it, to 0.1 say")
-        return cls(seed, rates)
+        return cls(seed, rates, rounds)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Tuning:
         validation: method -> mean validation accuracy over training clients, one per learning rate; None for a run
             that failed.
         failures: tuning runs that failed.
+        setting: the setting of the study that it was done in, if that is another one.
     """
 
     plan: TuningPlan
     validation: dict[str, tuple[float | None, ...]]
     failures: tuple[Failure, ...]
+    setting: str = ""
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -79,6 +84,11 @@ class Tuning:
                 best[method] = -max(known)[1]
         return best
 
+    def rates(self, comparison: Comparison) -> dict[str, float]:
+        """Learning rate of each method of a comparison that has one, ablations included."""
+        taken = {name: self.chosen.get(comparison.learning_rate_of(name)) for name in comparison.methods}
+        return {name: rate for name, rate in taken.items() if rate is not None}
+
     def at_edge(self) -> list[str]:
         """Methods whose choice is the smallest or largest of the grid, so that a better one may lie outside."""
         return [method for method, rate in self.chosen.items() if rate in (self.plan.grid[0], self.plan.grid[-1])]
@@ -89,13 +99,15 @@ class Tuning:
             "key": LEARNING_RATE,
             "seed": self.plan.seed,
             "grid": list(self.plan.grid),
+            "rounds": self.plan.rounds or None,
+            "setting": self.setting or None,
             "validation": {method: list(scores) for method, scores in self.validation.items()},
             "chosen": self.chosen,
         }
 
 
 def tune(comparison: Comparison, plan: TuningPlan, workers: int | None, console: Console) -> Tuning:
-    """Run every method with every learning rate of the plan; finished tuning runs are kept.
+    """Run every method but ablations with every learning rate of the plan; finished tuning runs are kept.
 
     Args:
         comparison: what is compared.
@@ -106,17 +118,18 @@ def tune(comparison: Comparison, plan: TuningPlan, workers: int | None, console:
     Raises:
         RunFolderError: see :func:`framp.compare.runner.execute`.
     """
-    keys = [(method, rate) for rate in plan.grid for method in comparison.methods]
-    runs = {(method, rate): _planned(comparison, method, rate, plan.seed) for method, rate in keys}
+    keys = [(method, rate) for rate in plan.grid for method in comparison.tuned]
+    runs = {(method, rate): _planned(comparison, method, rate, plan) for method, rate in keys}
     failures = execute(list(runs.values()), workers, console, "tuning")
     scores = {key: _validation(run) for key, run in runs.items()}
-    validation = {method: tuple(scores[method, rate] for rate in plan.grid) for method in comparison.methods}
+    validation = {method: tuple(scores[method, rate] for rate in plan.grid) for method in comparison.tuned}
     return Tuning(plan, validation, tuple(failures))
 
 
-def _planned(comparison: Comparison, method: str, rate: float, seed: int) -> PlannedRun:
+def _planned(comparison: Comparison, method: str, rate: float, plan: TuningPlan) -> PlannedRun:
     folder = comparison.out / FOLDER / f"{method}-rate{rate:g}"
-    return PlannedRun(method, comparison.config(method, seed, folder, rate))
+    config = comparison.config(method, plan.seed, folder, rate)
+    return PlannedRun(method, config.model_copy(update={"rounds": plan.rounds or config.rounds}))
 
 
 def _validation(run: PlannedRun) -> float | None:

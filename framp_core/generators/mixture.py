@@ -7,12 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framp_core.config import GeneratorConfig
+from framp_core.errors import ModelError
 from framp_core.generators.base import Generator
 from framp_core.layout import ParameterLayout
+
+HEAD = "head."
 
 
 class Mixture(Generator):
     """h(v) = theta_0 + sum_k a_k(v) B_k, with a(v) one-hot at the cluster centre c_k nearest to v.
+
+    The experts B_k cover the head alone, or the whole network (``generator.expert_scope``).
 
     The centres are found once, by k-means on the descriptors of the first clients (:meth:`fit`), and the experts B_k
     start at zero. So the generator is linear in its parameters, and its server step can be averaged per coordinate
@@ -21,12 +26,24 @@ class Mixture(Generator):
     their images are turned) get models that differ as much as it takes, while all of them train theta_0. Clustered
     federated learning (IFCA, Ghosh et al., NeurIPS 2020) keeps a whole model per cluster instead, and lets every
     client try all of them.
+
+    Attributes:
+        scope: slots that the experts cover, the last ones of the layout.
+        experts: B, ``(K, size of the scope)``.
+        centres: c, ``(K, d)``; infinite where no cluster is.
     """
 
     def __init__(self, layout: ParameterLayout, descriptor_size: int, config: GeneratorConfig) -> None:
         super().__init__(layout, descriptor_size, config)
         self.config = config
-        self.experts = nn.Parameter(torch.empty(config.experts, layout.size))
+        scope = [slot for slot in layout.slots if config.expert_scope == "all" or slot.name.startswith(HEAD)]
+        if not scope or sum(slot.size for slot in scope) != layout.size - scope[0].offset:
+            raise ModelError(
+                "generator.expert-scope='head' needs a network that ends with a layer called head; "
+                "use generator.expert-scope='all'"
+            )
+        self.scope = tuple(scope)
+        self.experts = nn.Parameter(torch.empty(config.experts, layout.size - scope[0].offset))
         self.register_buffer("centres", torch.empty(config.experts, descriptor_size))
         self.centres: Tensor
 
@@ -51,7 +68,8 @@ class Mixture(Generator):
 
     def forward(self, descriptors: Tensor) -> Tensor:
         """Map ``(c, d)`` to ``(c, n)``."""
-        return self.theta_0 + self.shares(descriptors) @ self.experts
+        personal = self.shares(descriptors) @ self.experts
+        return self.theta_0 + F.pad(personal, (self.scope[0].offset, 0))
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The shared vector and the experts: both move like weights, by averaged deltas."""

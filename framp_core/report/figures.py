@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from framp_core.metrics import MEAN, ClientAccuracy, Column, summarise
+from framp_core.report.prototypes import CAPTION, Snapshot, draw_prototypes, drawable
 from framp_core.report.summary import PARTS, Record, Traffic
 from framp_core.report.tables import human_bytes
 
@@ -77,20 +78,23 @@ class _Plan:
     draw: Callable[[Figure], None]
 
 
-def draw_figures(folder: Path, record: Record, masks: Mapping[str, Any] | None) -> list[Drawn]:
+def draw_figures(
+    folder: Path, record: Record, masks: Mapping[str, Any] | None, prototypes: Mapping[int, Snapshot]
+) -> list[Drawn]:
     """Draw every figure that the run has data for into ``folder/figures``.
 
     Args:
         folder: the run folder.
         record: the events of the run.
         masks: content of masks.json, or None if the run wrote none.
+        prototypes: those of the rounds that were kept.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     drawn = []
     # A local style: a library must not change the plots of the program that imports it.
     with matplotlib.rc_context(STYLE):
-        for plan in _plans(record, masks):
+        for plan in _plans(record, masks) + _prototype_plans(prototypes):
             figure = Figure(figsize=(WIDTH, plan.height), layout="constrained")
             plan.draw(figure)
             figure.savefig(target / f"{plan.name}.png")
@@ -140,6 +144,12 @@ def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
             )
         )
     return plans
+
+
+def _prototype_plans(prototypes: Mapping[int, Snapshot]) -> list[_Plan]:
+    if not drawable(prototypes):
+        return []
+    return [_Plan("prototypes", "Prototypes", CAPTION, 3.4, lambda figure: draw_prototypes(figure, prototypes))]
 
 
 def _mask_plans(masks: Mapping[str, Any]) -> list[_Plan]:

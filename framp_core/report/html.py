@@ -47,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
     run = RunFolder.open(run_dir)
     record = Record.of(run)
     masks = run.json(MASKS) if run.has(MASKS) else None
-    figures = draw_figures(run.path, record, masks)
+    figures = draw_figures(run.path, record, masks, run.prototypes())
     temporary = run_dir / f"{REPORT}.tmp"
     temporary.write_text(_page(run, record, figures), encoding="utf-8")
     return temporary.replace(run_dir / REPORT)

@@ -7,7 +7,7 @@ from typing import Any
 
 from framp_core.config import FrampConfig
 from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, by_capacity, summarise
-from framp_core.run_folder import SUMMARY, RunFolder, accuracies
+from framp_core.run_folder import PRIOR_CURVE, SUMMARY, RunFolder, accuracies
 
 Event = dict[str, Any]
 PARTS = ("values", "mask", "prototypes", "framing")
@@ -69,6 +69,7 @@ class Record:
     joins: tuple[Event, ...]
     train: tuple[Event, ...]
     evaluations: tuple[Event, ...]
+    priors: Event | None
 
     @classmethod
     def of(cls, run: RunFolder) -> "Record":
@@ -82,6 +83,7 @@ class Record:
             joins=tuple(event for event in events if event["kind"] == "join"),
             train=tuple(train[number] for number in sorted(train)),
             evaluations=tuple(event for event in events if event["kind"] == "evaluate"),
+            priors=next((event for event in reversed(events) if event["kind"] == "priors"), None),
         )
 
     @cached_property
@@ -167,7 +169,7 @@ class Record:
 
 
 def finish(run: RunFolder) -> dict[str, Any]:
-    """Write clients.csv and then summary.json, whose presence says that the run finished.
+    """Write clients.csv, prior_curve.json and then summary.json, whose presence says that the run finished.
 
     Args:
         run: a run that has written its last event.
@@ -177,6 +179,8 @@ def finish(run: RunFolder) -> dict[str, Any]:
     """
     record = Record.of(run)
     run.write_clients_csv(record.rows)
+    if record.priors is not None:
+        run.write_json(PRIOR_CURVE, {key: record.priors[key] for key in ("round", "strengths", "clients")})
     summary = summary_of(record)
     run.write_json(SUMMARY, summary)
     return summary

@@ -21,6 +21,7 @@ from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
 from framp_core.mask_statistics import mask_statistics
 from framp_core.masking import extract
+from framp_core.metrics import ClientAccuracy, PriorCounts
 from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
@@ -31,6 +32,7 @@ from server_app.recording import (
     manifest,
     mean_record,
     read_accuracies,
+    read_prior_counts,
     refusal_rows,
     train_row,
 )
@@ -38,6 +40,8 @@ from server_app.registry import ClientRecord, ClientRegistry
 from server_app.replies import Refusal, Reply, read_replies
 
 logger = logging.getLogger("flwr.framp")
+ALIGNED_ROUND = 2
+"""The first round in which clients align: no global prototypes exist before the first one has ended."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ class SubmodelStrategy(Strategy):
                 updates.append(update)
                 rows.append(train_row(update, sent[reply.client].parts, parts))
         learnt, metrics = self._learn(updates, server_round)
+        if learnt and server_round in (ALIGNED_ROUND, self.config.rounds):
+            self._keep_prototypes(updates, server_round)
         self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
         self._outbox = []
         self._stop_if_hopeless(server_round, learnt, refused)
@@ -265,13 +271,21 @@ class SubmodelStrategy(Strategy):
             return None
         down_bytes = sum(sum(item.parts.values()) for item in self._outbox)
         sent, good, refused = self._collect(replies)
-        rows = []
+        strengths = self.config.evaluation.prior_strengths if server_round == self.config.rounds else ()
+        rows: list[ClientAccuracy] = []
+        curves: list[PriorCounts] = []
         for reply in good:
+            client = sent[reply.client].client
             try:
-                rows += read_accuracies(sent[reply.client].client, server_round, reply.content)
+                measured = read_accuracies(client, server_round, reply.content)
+                curves += read_prior_counts(client, len(strengths), reply.content)
             except FrampError as error:
                 refused.append(Refusal.of(reply.client, error))
+            else:
+                rows += measured
         self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], down_bytes=down_bytes)
+        if curves:
+            self.run.event("priors", server_round, strengths=strengths, clients=[asdict(curve) for curve in curves])
         self._outbox = []
         if not rows:
             raise EngineError(f"no client could be evaluated in round {server_round}; {_first_reason(refused)}")
@@ -380,6 +394,13 @@ class SubmodelStrategy(Strategy):
         except FrampError as error:
             logger.warning("round %d: nothing is learnt: %s", server_round, error)
             return False, {}
+
+    def _keep_prototypes(self, updates: Sequence[ClientUpdate], server_round: int) -> None:
+        """For the report; a method without global prototypes, or whose clients send none, has nothing to keep."""
+        shared, local = self.prototypes(), {each.client.name: each.prototypes for each in updates}
+        local = {name: own for name, own in local.items() if own.means.size}
+        if shared is not None and local:
+            self.run.write_prototypes(server_round, shared, local)
 
     def _stop_if_hopeless(self, server_round: int, learnt: bool, refused: Sequence[Refusal]) -> None:
         self._empty_rounds = 0 if learnt else self._empty_rounds + 1

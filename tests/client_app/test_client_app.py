@@ -84,6 +84,24 @@ def test_evaluate_counts_are_those_of_a_plain_loop(tiny: Build) -> None:
         assert abs(metrics[f"{name}-correct"] - correct) <= 1  # a tie within rounding may fall either way
 
 
+def test_the_last_evaluation_also_counts_at_each_strength_of_the_prior(tiny: Build) -> None:
+    def metrics(final: bool, **evaluation: Scalar) -> dict[str, object]:
+        keys = {f"evaluation.{key}": value for key, value in evaluation.items()}
+        config = tiny({"partition.scheme": "balanced-dirichlet", "capacity.sizes": "1/4", **keys})
+        return dict(ask(config, "evaluate", submodel(config)[0], final=final)["metrics"])
+
+    swept = metrics(True, **{"prior-strengths": "0,0.3,2"})
+    by_hand = [
+        metrics(False, **{"local-prior-strength": each, "union-prior-strength": each}) for each in (0.0, 0.3, 2.0)
+    ]
+    for population in ("local", "union"):
+        assert swept[f"{population}-prior-correct"] == [each[f"{population}-correct"] for each in by_hand]
+    assert len(set(swept["union-prior-correct"])) > 1
+    assert {key for key in swept if "prior" in key} == {"local-prior-correct", "union-prior-correct"}
+    for other in (metrics(False), metrics(True, **{"prior-strengths": ""})):
+        assert other == {key: value for key, value in swept.items() if "prior" not in key}
+
+
 def test_union_can_be_a_sample(tiny: Build) -> None:
     blob, *_ = submodel(tiny())
     for limit, total in ((50, 50), (0, None)):

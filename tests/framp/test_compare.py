@@ -143,6 +143,10 @@ def test_a_finished_run_is_not_done_again_and_an_interrupted_one_is(
     runs = comparison(tmp_path / "out").runs()
     for run in runs:
         finish_at_once(run)
+    killed_at_birth = runs[0]
+    shutil.rmtree(killed_at_birth.folder)
+    killed_at_birth.folder.mkdir()
+    (killed_at_birth.folder / "config.toml.tmp").write_text("method = ")
     interrupted = runs[2]
     (interrupted.folder / "summary.json").unlink()
     (interrupted.folder / "left-over").touch()
@@ -152,13 +156,13 @@ def test_a_finished_run_is_not_done_again_and_an_interrupted_one_is(
         folder = Path(command[-1])
         assert not folder.exists()
         started.append(folder.name)
-        finish_at_once(interrupted)
+        finish_at_once(next(run for run in runs if run.folder == folder))
         return real([sys.executable, "-c", ""])
 
     real = subprocess.Popen
     monkeypatch.setattr(runner.subprocess, "Popen", process)
     assert runner.execute(runs, 2, quiet()) == []
-    assert started == ["framp-seed1"]
+    assert started == ["framp-seed0", "framp-seed1"]
     assert not (interrupted.folder / "left-over").exists()
     monkeypatch.setattr(runner.subprocess, "Popen", no_process)
     assert runner.execute(runs, 2, quiet()) == []
@@ -363,7 +367,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_the_best_within_budget() 
     bases |= {("local", 0): 40, ("local", 1): 40}
     runs = tuple(result(name, seed, {"local": base, "union": base}) for (name, seed), base in bases.items())
     results = Results(("framp", "fedavg", "local"), (0, 1), runs)
-    local, union = tables.accuracy_tables(results)
+    local, union = tables.accuracy_tables(results, "framp")
     assert local.table.headings == ("Method", "1/4", "1", "Mean")
     # Clients of 1/4 have 0, 1, 2, 3 more than the base, so 51.5 and 55.5 in the two seeds; their deviation is sqrt(8).
     assert local.table.rows[0][1] == tables.Cell("53.5", "±2.8")
@@ -373,7 +377,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_the_best_within_budget() 
     text = tables.markdown(local.table, local.best)
     assert "| FRAMP | **53.5 ±2.8** | **57.5 ±2.8** | **55.5 ±2.8** |" in text
     alone = Results(("framp",), (0,), runs[:1])
-    assert tables.accuracy_tables(alone)[0].table.rows[0][1] == tables.Cell("51.5")
+    assert tables.accuracy_tables(alone, "framp")[0].table.rows[0][1] == tables.Cell("51.5")
 
 
 def test_a_terminal_table_loses_no_number_where_it_is_too_narrow() -> None:
@@ -446,7 +450,9 @@ def test_a_comparison_writes_what_it_found(real: tuple[Comparison, str]) -> None
 def test_every_figure_of_the_page_exists(real: tuple[Comparison, str]) -> None:
     asked, _ = real
     page = (asked.out / "comparison.md").read_text()
-    names = ("accuracy_by_size", "learning_curves", "client_accuracy", "mask_selection", "mask_overlap")
+    assert "## What each part contributes" in page
+    assert "against the others" not in page  # the only other method is an ablation
+    names = ("accuracy_by_size", "learning_curves", "client_accuracy", "prior_curve", "mask_selection", "mask_overlap")
     for name in names:
         assert f"](figures/{name}.png)" in page
         assert (asked.out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -465,7 +471,7 @@ def test_a_finished_comparison_is_only_drawn_again(
     assert done.exit_code == 0, done.output
     assert "4 of 4 finished before" in done.output
     assert {name: (asked.out / name).read_bytes() for name in before} == before
-    assert len(list(asked.out.glob("figures/*.png"))) == 5
+    assert len(list(asked.out.glob("figures/*.png"))) == 6
 
 
 def test_a_run_that_fails_is_reported_and_the_others_count(real: tuple[Comparison, str], tmp_path: Path) -> None:

@@ -172,16 +172,16 @@ def test_test_batches_are_those_of_the_batch_size() -> None:
         for first in range(0, 45, size):
             batch, labels = images.batch(np.arange(first, min(first + size, 45)))
             correct[size] += int(((model(NORMALISER(batch))[0] + offset).argmax(dim=1) == labels).sum())
-        assert evaluate(model, images, NORMALISER, offset, size).correct == correct[size]
+        assert evaluate(model, images, NORMALISER, offset[None], size)[0].correct == correct[size]
     assert len(set(correct.values())) > 1, "the size of the batch must matter"
 
 
 def test_evaluation_and_features_of_images_that_shrink_to_a_pixel() -> None:
     model = network("resnet18")
-    assert evaluate(model, some_images(21), NORMALISER, None, 20).total == 21
+    assert evaluate(model, some_images(21), NORMALISER, torch.zeros(1, 3), 20)[0].total == 21
     assert penultimate_features(model, some_images(257), NORMALISER)[0].shape == (257, 6)
     with pytest.raises(ModelError, match="single image"):
-        evaluate(model, some_images(1), NORMALISER, None, 20)
+        evaluate(model, some_images(1), NORMALISER, torch.zeros(1, 3), 20)
 
 
 def test_augmented_evaluation_sees_crops_of_its_stream() -> None:
@@ -192,8 +192,12 @@ def test_augmented_evaluation_sees_crops_of_its_stream() -> None:
     for first in (0, 20):
         batch, labels = images.batch(np.arange(first, first + 20))
         correct += int(((model(NORMALISER(augment(batch, drawn)))[0] + offset).argmax(dim=1) == labels).sum())
-    assert evaluate(model, images, NORMALISER, offset, 20, np.random.default_rng(3)).correct == correct
-    others = {evaluate(model, images, NORMALISER, offset, 20, np.random.default_rng(seed)).correct for seed in range(8)}
+
+    def counted(seed: int) -> int:
+        return evaluate(model, images, NORMALISER, offset[None], 20, np.random.default_rng(seed))[0].correct
+
+    assert counted(3) == correct
+    others = {counted(seed) for seed in range(8)}
     assert len(others) > 1
 
 

@@ -138,3 +138,13 @@ def test_partition_follows_the_number_of_nodes(nodes: int) -> None:
     assert partition.nodes == nodes
     assert partition.clients >= 1
     assert abs(partition.unseen_clients - nodes * 4 / 24) <= 0.5
+
+
+def test_prior_strengths_are_a_sorted_set_and_may_be_empty() -> None:
+    for text, expected in (("1,0,0.25,1", (0.0, 0.25, 1.0)), ("", ()), ("0.1234567", (0.1234567,))):
+        config = FrampConfig.from_flat({"evaluation.prior-strengths": text})
+        assert config.evaluation.prior_strengths == expected
+        assert FrampConfig.from_flat(config.to_flat()) == config
+    for wrong in ("-1", "0,much"):
+        with pytest.raises(ConfigError, match="prior-strengths"):
+            FrampConfig.from_flat({"evaluation.prior-strengths": wrong})

@@ -19,8 +19,8 @@ POINTS = torch.eye(K, 4)
 PLAIN = {"shared_learning_rate": 1.0, "shared_momentum": 0.0, "averaging_decay": 0.0}
 
 
-def mixture() -> Mixture:
-    config = GeneratorConfig(name="mixture", experts=K)
+def mixture(scope: str = "all") -> Mixture:
+    config = GeneratorConfig(name="mixture", experts=K, expert_scope=scope)
     generator = build_generator(config, LAYOUT, 4, initial_parameters(MODEL, 0), 0)
     assert isinstance(generator, Mixture)
     generator.centres.copy_(POINTS)
@@ -120,3 +120,24 @@ def test_saved_sums_of_another_network_are_refused() -> None:
     update = ExpertUpdate(mixture(), memory=10.0)
     with pytest.raises(ModelError, match="another network"):
         update.load_state_dict({"between": torch.zeros(1), "within": torch.zeros(1)})
+
+
+def test_experts_of_the_head_are_the_last_part_of_experts_of_everything() -> None:
+    cohort_of = cohort([0, 0, 1, 2, 2], 2.0)
+    everything, head = mixture(), mixture("head")
+    start = next(slot.offset for slot in LAYOUT.slots if slot.name == "head.weight")
+    assert head.experts.shape == (K, N - start)
+    for generator in (everything, head):
+        ExpertUpdate(generator, 10.0).set_gradient(*cohort_of)
+    assert torch.equal(head.experts.grad, everything.experts.grad[:, start:])
+    with torch.no_grad():
+        head.experts.normal_(generator=torch.Generator().manual_seed(0))
+    models = head.generate(POINTS)
+    assert torch.equal(models[:, :start], head.theta_0[:start].expand(K, -1))
+    assert torch.allclose(models[:, start:], head.theta_0[start:] + head.experts)
+
+
+def test_a_network_without_a_head_is_told_to_take_experts_of_everything() -> None:
+    layout = ParameterLayout.of(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(ModelError, match="expert-scope='all'"):
+        build_generator(GeneratorConfig(name="mixture"), layout, 4, torch.zeros(layout.size), 0)

@@ -31,12 +31,12 @@ def initial() -> torch.Tensor:
     return torch.randn(LAYOUT.size, generator=rng(1))
 
 
-def small(name: str, seed: int = 0, **changes: int) -> Generator:
-    options = {"hidden": 5, "rank": 2, "chunk_size": 7, "chunk_embedding": 3, **changes}
+def small(name: str, seed: int = 0, **changes: object) -> Generator:
+    options = {"expert_scope": "all", "hidden": 5, "rank": 2, "chunk_size": 7, "chunk_embedding": 3, **changes}
     return build_generator(GeneratorConfig(name=name, **options), LAYOUT, D, initial(), seed)
 
 
-def trained(name: str, seed: int = 7, **changes: int) -> Generator:
+def trained(name: str, seed: int = 7, **changes: object) -> Generator:
     """A generator in float64 that is away from its start: fitted, every parameter at random."""
     generator = small(name, **changes).double()
     generator.fit(descriptors(9, seed=4), np.random.default_rng(seed))
@@ -243,7 +243,7 @@ def test_sizes_by_hand():
     chunks = math.ceil(n / 7)
     rows, columns, vectors = 3 + 2, 8 + 3, 3 + 3 + 2
     assert {name: small(name).size for name in GENERATORS} == {
-        "mixture": (1 + 4) * n,
+        "mixture": n + 4 * n,
         "modulated": n + first_layer + 2 * channels * hidden,
         "low-rank": n + first_layer + (2 * rows + vectors) * hidden + 2 * columns * (hidden + 1),
         "chunked": n + 3 * chunks + first_layer + hidden * 3 + 7 * hidden,

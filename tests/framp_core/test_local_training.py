@@ -375,15 +375,14 @@ def test_evaluation_counts_like_a_loop(count: int, with_offset: bool) -> None:
     images, model = some_images(count), flat_model(config)
     model.load(torch.from_numpy(initial(config)))
     normaliser = Normaliser((0.5,), (0.25,))
-    offset = torch.tensor([0.0, 1.0, -9.0, 0.3]) if with_offset else None
+    offset = torch.tensor([0.0, 1.0, -9.0, 0.3]) if with_offset else torch.zeros(CLASSES)
     correct = 0
     for position in range(count):
         image, label = images.batch(np.array([position]))
         with torch.no_grad():
             logits = model(normaliser(image))[0][0].double()
-        adjusted = logits if offset is None else logits + offset
-        correct += int(adjusted.argmax() == label[0])
-    result = evaluate(model, images, normaliser, offset)
+        correct += int((logits + offset).argmax() == label[0])
+    (result,) = evaluate(model, images, normaliser, offset[None])
     assert (result.correct, result.total) == (correct, count)
 
 
@@ -391,11 +390,20 @@ def test_an_offset_can_rule_a_class_out() -> None:
     config = config_of()
     images, model = some_images(40), flat_model(config)
     model.load(torch.from_numpy(initial(config)))
-    for held in HELD:
-        offset = torch.zeros(CLASSES)
-        offset[held] = 1e6
-        expected = int((images.selected_labels == held).sum())
-        assert evaluate(model, images, Normaliser((0.5,), (0.25,)), offset).correct == expected
+    found = evaluate(model, images, Normaliser((0.5,), (0.25,)), 1e6 * torch.eye(CLASSES))
+    assert [each.correct for each in found] == np.bincount(images.selected_labels, minlength=CLASSES).tolist()
+
+
+def test_several_offsets_are_as_many_evaluations_in_one_pass() -> None:
+    images, model, normaliser = some_images(INFERENCE_BATCH + 3), flat_model(config_of()), Normaliser((0.5,), (0.25,))
+    model.load(torch.from_numpy(initial(config_of())))
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    offsets = torch.from_numpy(np.random.default_rng(0).normal(size=(5, CLASSES)).astype(np.float32))
+    together = evaluate(model, images, normaliser, offsets)
+    assert len(passes) == 2  # batches
+    assert together == tuple(evaluate(model, images, normaliser, row[None])[0] for row in offsets)
+    assert len({each.correct for each in together}) > 1
 
 
 def test_same_stream_same_result() -> None:

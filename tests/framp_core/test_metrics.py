@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framp_core.errors import ProtocolError
-from framp_core.metrics import COLUMNS, ClientAccuracy, Spread, by_capacity, summarise
+from framp_core.metrics import COLUMNS, ClientAccuracy, PriorCounts, PriorCurve, Spread, by_capacity, summarise
 
 SIZES = ("1/64", "1/16", "1/4", "1")
 
@@ -116,3 +116,24 @@ def test_capacities_are_ordered_by_value_not_by_spelling() -> None:
     ordered = by_capacity(["1", "1/4", "1/16", "3/8", "1/4"])
     assert ordered == sorted({"1", "1/4", "1/16", "3/8"}, key=Fraction)
     assert ordered != sorted(ordered)
+
+
+def test_a_prior_curve_is_the_mean_over_clients_at_each_strength() -> None:
+    rows = [
+        {"client": "a", "role": "train", "capacity": "1", "population": "local", "correct": [0, 2], "total": 2},
+        {"client": "b", "role": "train", "capacity": "1/4", "population": "local", "correct": [1, 3], "total": 4},
+        {"client": "a", "role": "train", "capacity": "1", "population": "union", "correct": [8, 6], "total": 8},
+        {"client": "c", "role": "unseen", "capacity": "1", "population": "local", "correct": [5, 0], "total": 5},
+    ]
+    curve = PriorCurve.of({"strengths": [0.0, 1.0], "clients": rows})
+    assert curve.mean("local", "mean") == [(0 / 2 + 1 / 4) / 2, (2 / 2 + 3 / 4) / 2]
+    assert curve.mean("local", "1/4") == [0.25, 0.75]
+    assert curve.mean("union", "mean") == [1.0, 0.75]
+    assert curve.mean("unseen", "mean") == [1.0, 0.0]
+    assert curve.mean("union", "1/4") == []
+
+
+@pytest.mark.parametrize(("correct", "total"), [((1, 5), 4), ((-1, 2), 4), ((0, 0), 0)])
+def test_prior_counts_that_contradict_each_other_are_refused(correct: tuple[int, int], total: int) -> None:
+    with pytest.raises(ProtocolError, match="0 <= correct <= total"):
+        PriorCounts("a", "train", "1", "local", correct, total)

@@ -27,7 +27,7 @@ N = network().layout.size
 
 def build(name: str, seed: int = 0) -> Generator:
     flat = network()
-    config = GeneratorConfig(name=name, hidden=6, chunk_size=9, chunk_embedding=3)
+    config = GeneratorConfig(name=name, expert_scope="all", hidden=6, chunk_size=9, chunk_embedding=3)
     return build_generator(config, flat.layout, D, initial_parameters(flat.model, seed), seed)
 
 

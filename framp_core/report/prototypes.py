@@ -1,0 +1,79 @@
+"""Class prototypes of an early and of the last round, side by side in two dimensions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.decomposition import PCA
+
+Snapshot = Mapping[str, np.ndarray]
+CAPTION = (
+    "Class prototypes on their first two principal components, fitted to each panel alone, so that the axes of the two "
+    "are not the same. Large: global. Small: local ones of the round's clients. Spread: mean distance of a local "
+    "prototype from the global one of its class, as a share of the mean distance between global ones, in all "
+    "dimensions; below 1 the classes stand apart."
+)
+_NAMED_CLASSES = 10
+
+
+def drawable(snapshots: Mapping[int, Snapshot]) -> bool:
+    """Whether there is something to see: two rounds, each with prototypes of two classes in two dimensions."""
+    return len(snapshots) > 1 and all(min(each["global.means"].shape) > 1 for each in snapshots.values())
+
+
+def draw_prototypes(figure: Figure, snapshots: Mapping[int, Snapshot]) -> None:
+    """Draw the first and the last round.
+
+    Args:
+        figure: an empty figure.
+        snapshots: what :meth:`framp_core.run_folder.RunFolder.prototypes` returns.
+    """
+    rounds = (min(snapshots), max(snapshots))
+    classes = np.unique(np.concatenate([snapshots[each]["global.classes"] for each in rounds]))
+    few = classes[-1] < _NAMED_CLASSES
+    colours = matplotlib.colormaps["tab10" if few else "turbo"]
+    scale = Normalize(0, _NAMED_CLASSES - 1) if few else Normalize(classes[0], classes[-1])
+    panels = figure.subplots(1, 2)
+    for axes, each in zip(panels, rounds, strict=True):
+        _panel(axes, snapshots[each], colours, scale)
+        axes.set_title(f"Round {each}: spread {spread(snapshots[each]):.2f}")
+    if few:
+        handles = [
+            Line2D([], [], marker="o", linestyle="", markersize=7, color=colours(scale(number)), label=str(number))
+            for number in classes
+        ]
+        figure.legend(handles=handles, title="Class", loc="outside upper left", ncols=10, handletextpad=0.1,
+                      columnspacing=1.0, alignment="left")  # fmt: skip
+    else:
+        figure.colorbar(ScalarMappable(scale, colours), ax=list(panels), label="Class", shrink=0.8, aspect=28)
+
+
+def spread(snapshot: Snapshot) -> float:
+    """Mean distance of local prototypes from the global one of their class, over that between global ones."""
+    means, local = snapshot["global.means"].astype(float), snapshot["local.means"].astype(float)
+    own = np.searchsorted(snapshot["global.classes"], snapshot["local.classes"])
+    pairs = np.triu_indices(len(means), 1)
+    between = np.linalg.norm(means[pairs[0]] - means[pairs[1]], axis=1).mean()
+    return float(np.linalg.norm(local - means[own], axis=1).mean() / between)
+
+
+def _panel(axes: Axes, snapshot: Snapshot, colours: Colormap, scale: Normalize) -> None:
+    shared, local = snapshot["global.means"], snapshot["local.means"]
+    plane: Any = PCA(n_components=2, svd_solver="full")  # type: ignore[no-untyped-call]
+    plane.fit(np.concatenate([shared, local]))
+    small = {"s": 14, "alpha": 0.65, "linewidths": 0}
+    large = {"s": 110, "edgecolors": "white", "linewidths": 1.2, "zorder": 3}
+    for means, kind, look in ((local, "local", small), (shared, "global", large)):
+        x, y = plane.transform(means).T
+        axes.scatter(x, y, c=colours(scale(snapshot[f"{kind}.classes"])), **look)
+    first, second = plane.explained_variance_ratio_
+    axes.set_xlabel(f"Component 1 ({first:.0%} of the variance)")
+    axes.set_ylabel(f"Component 2 ({second:.0%})")
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from framp_core.config import FrampConfig
+from framp_core.prototypes import Prototypes
+from framp_core.report.prototypes import draw_prototypes, drawable, spread
+from framp_core.run_folder import RunFolder
+
+
+def of(classes: list[int], means: list[list[float]]) -> Prototypes:
+    return Prototypes(np.array(classes), np.ones(len(classes), np.int64), np.array(means, np.float32))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", FrampConfig())
+    assert run.prototypes() == {}
+    local = {"b": of([1, 3], [[1, 2], [3, 4]]), "a": of([3], [[5, 6]])}
+    run.write_prototypes(10, of([1, 3], [[0, 0], [1, 1]]), local)
+    run.write_prototypes(2, of([1], [[7, 7]]), {"a": of([1], [[8, 8]])})
+    found = run.prototypes()
+    assert list(found) == [2, 10]
+    assert found[10]["local.classes"].tolist() == [1, 3, 3]
+    assert found[10]["local.means"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert found[10]["global.means"].tolist() == [[0, 0], [1, 1]]
+
+
+def snapshot(classes: list[int], features: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "global.classes": np.array(classes), "global.means": rng.normal(size=(len(classes), features)),
+        "local.classes": np.array(classes * 2), "local.means": rng.normal(size=(2 * len(classes), features)),
+    }  # fmt: skip
+
+
+def test_spread_by_hand() -> None:
+    means = {
+        "global.classes": np.array([2, 5]), "global.means": np.array([[0.0, 0.0], [0.0, 4.0]]),
+        "local.classes": np.array([5, 2]), "local.means": np.array([[3.0, 4.0], [1.0, 0.0]]),
+    }  # fmt: skip
+    assert spread(means) == pytest.approx(((3 + 1) / 2) / 4)
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "expected"),
+    [
+        ({}, False),
+        ({2: snapshot([0, 1])}, False),  # one round
+        ({2: snapshot([0]), 9: snapshot([0, 1])}, False),  # one class
+        ({2: snapshot([0, 1], 1), 9: snapshot([0, 1], 1)}, False),  # one feature
+        ({2: snapshot([0, 1]), 9: snapshot([0, 1])}, True),
+    ],
+)
+def test_too_little_is_not_drawn(snapshots: dict[int, dict[str, np.ndarray]], expected: bool) -> None:
+    assert drawable(snapshots) is expected
+
+
+@pytest.mark.parametrize("classes", [[0, 2, 7], list(range(0, 90, 3))])
+def test_a_class_has_one_colour_in_both_panels(classes: list[int]) -> None:
+    figure = Figure()
+    draw_prototypes(figure, {2: snapshot(classes[:-1]), 5: snapshot(classes), 9: snapshot(classes)})
+    early, late = figure.axes[:2]
+    assert early.get_title(loc="left" if matplotlib.rcParams["axes.titlelocation"] == "left" else "center") == (
+        f"Round 2: spread {spread(snapshot(classes[:-1])):.2f}"
+    )
+    shared = [axes.collections[1].get_facecolors() for axes in (early, late)]
+    np.testing.assert_array_equal(shared[0], shared[1][:-1])
+    assert len(np.unique(shared[1], axis=0)) == len(classes)
