@@ -188,7 +188,10 @@ class Client:
         steps = self.config.evaluation.fine_tune_steps
         if final and steps:
             rng = stream(self.config.seed, "fine-tuning", self.data.name, server_round)
-            train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, None, steps)
+            own_size = self.config.model_copy(
+                update={"local": self.config.local.model_copy(update={"nested_share": 0.0})}
+            )
+            train_locally(model, submodel.theta(), submodel.mask, self.data, own_size, rng, None, steps)
             counts |= self._measure(model, server_round, suffix="-tuned")
         return counts
 

@@ -1,5 +1,6 @@
 """Runs as processes of their own, so many at a time; one that fails does not stop the others."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -68,10 +69,11 @@ def execute(runs: Sequence[PlannedRun], workers: int | None, console: Console, t
     failures: list[Failure] = []
     running: list[_Running] = []
     limit = usable_workers(workers, len(waiting))
+    threads = max(1, (os.cpu_count() or 1) // limit)
     try:
         while waiting or running:
             while waiting and len(running) < limit:
-                running.append(_start(waiting.popleft()))
+                running.append(_start(waiting.popleft(), threads))
             time.sleep(_POLL_SECONDS)
             for ended in [each for each in running if each.process.poll() is not None]:
                 running.remove(ended)
@@ -85,7 +87,7 @@ def execute(runs: Sequence[PlannedRun], workers: int | None, console: Console, t
     return failures
 
 
-def _start(run: PlannedRun) -> _Running:
+def _start(run: PlannedRun, threads: int) -> _Running:
     if run.folder.exists():
         # Its digest was compared: this is what an interrupted run of the same settings left.
         shutil.rmtree(run.folder)
@@ -94,7 +96,9 @@ def _start(run: PlannedRun) -> _Running:
     settings.write_text(run.config.to_toml(), encoding="utf-8")
     log = _log_of(run).open("wb")
     command = [sys.executable, "-m", "framp", "run", str(settings), "--out", str(run.folder)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    # Runs side by side would otherwise start a thread per core each, and wait for one another.
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return _Running(run, process, log, time.monotonic())
 
 

@@ -63,9 +63,11 @@ class FrampStrategy(SubmodelStrategy):
         return metrics
 
     def state(self) -> dict[str, Tensor]:
-        """Generator, averaged generator, optimizers, prototypes."""
+        """Generator, averaged generator, optimizers, standardiser, prototypes."""
         return {
             **self.generator_update.state_dict(),
+            "standardiser.reference": torch.from_numpy(self.standardiser.reference),
+            "standardiser.scale": torch.from_numpy(self.standardiser.scale),
             "prototypes.means": torch.from_numpy(self.bank.means),
             "prototypes.counts": torch.from_numpy(self.bank.counts),
         }
