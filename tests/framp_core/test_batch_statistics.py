@@ -14,6 +14,7 @@ from framp_core.data import ClientData, LabelledImages, Normaliser, augment
 from framp_core.errors import ConfigError, ModelError
 from framp_core.layout import ParameterLayout
 from framp_core.local_training import (
+    INFERENCE_BATCH,
     client_prototypes,
     evaluate,
     ordered_batches,
@@ -255,9 +256,10 @@ def test_a_client_with_one_image_trains_unless_it_shrinks_to_a_pixel() -> None:
 
 
 def test_prototypes_take_batches_of_the_constant_size() -> None:
-    data, model = replace(client(), train=some_images(300)), network()
+    count = INFERENCE_BATCH + 44
+    data, model = replace(client(), train=some_images(count)), network()
     features = []
-    for first, last in ((0, 256), (256, 300)):
+    for first, last in ((0, INFERENCE_BATCH), (INFERENCE_BATCH, count)):
         features.append(model(NORMALISER(data.train.batch(np.arange(first, last))[0]))[1].detach())
     labels = data.train.selected_labels
     means = client_prototypes(model, data).means
