@@ -10,7 +10,8 @@ import torch
 from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
 from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
-from framp_core.config import FrampConfig, ModelConfig, Scalar, parse_capacity
+from framp_core.config import FrampConfig, ModelConfig
+from framp_core.config_values import Scalar, parse_capacity
 from framp_core.data import ClientData, LabelledImages, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError

@@ -14,7 +14,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from framp.progress import RunProgress
-from framp_core.config import FrampConfig, Scalar, parse_override
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar, parse_override
 from framp_core.errors import ConfigError, FrampError
 from framp_core.methods import METHODS, settings_of
 

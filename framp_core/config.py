@@ -5,83 +5,29 @@ hyphens (``server.clients-per-round``) and use only strings, integers, floats an
 Flower's run config takes; lists are comma-separated strings (``"1/64,1/16,1/4,1"``).
 """
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from framp_core.config_values import (
+    Capacities,
+    Scalar,
+    Strengths,
+    Widths,
+    check_boolean,
+    explain,
+    flatten,
+    hyphenated,
+    read_toml,
+    unknown_key,
 )
-
 from framp_core.errors import ConfigError
-
-Scalar = str | int | float | bool
-
-
-def _comma_separated(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _capacity(value: object) -> Fraction:
-    try:
-        capacity = Fraction(str(value))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is not a capacity; write a fraction such as 1/16 or 0.25") from error
-    if not 0 < capacity <= 1:
-        raise ValueError(f"capacity {value} is outside (0, 1]; it is the fraction of the weights a client holds")
-    return capacity
-
-
-Capacity = Annotated[Fraction, BeforeValidator(_capacity), PlainSerializer(str, return_type=str)]
-Capacities = Annotated[
-    tuple[Capacity, ...],
-    BeforeValidator(_comma_separated),
-    PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
-]
-Widths = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...],
-    BeforeValidator(_comma_separated),
-    PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
-    Field(min_length=1),
-]
-
-
-def _strengths(value: object) -> object:
-    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-Strengths = Annotated[
-    tuple[Annotated[float, Field(ge=0)], ...],
-    BeforeValidator(_strengths),
-    AfterValidator(lambda values: tuple(sorted(set(values)))),
-    PlainSerializer(lambda values: ",".join(str(value).removesuffix(".0") for value in values), return_type=str),
-]
-
-
-def parse_capacity(text: object) -> Fraction:
-    """Read a capacity in (0, 1] from a fraction (``"1/16"``) or a number.
-
-    Raises:
-        ConfigError: not a number, or outside (0, 1].
-    """
-    try:
-        return _capacity(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 class _Section(BaseModel):
@@ -394,14 +340,14 @@ class FrampConfig(_Section):
         for given, value in values.items():
             key = given.replace("_", "-")
             if key not in defaults:
-                raise ConfigError(_unknown_key(given, defaults))
-            _check_boolean(key, value, defaults[key])
+                raise ConfigError(unknown_key(given, defaults))
+            check_boolean(key, value, defaults[key])
             section, _, name = key.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[name] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from error
+            raise ConfigError(explain(error)) from error
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Mapping[str, Scalar] | None = None) -> Self:
@@ -410,7 +356,7 @@ class FrampConfig(_Section):
         Raises:
             ConfigError: the file is missing or is not TOML, or :meth:`from_flat` refuses it.
         """
-        return cls.from_flat({**(_read_toml(path) if path else {}), **_hyphenated(overrides or {})})
+        return cls.from_flat({**(read_toml(path) if path else {}), **hyphenated(overrides or {})})
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat dotted, hyphenated keys and scalar values: the argument of :meth:`from_flat`."""
@@ -429,66 +375,3 @@ class FrampConfig(_Section):
         nested = self.to_nested()
         del nested["engine"], nested["output"], nested["data"]["root"], nested["data"]["cache"]
         return hashlib.sha256(json.dumps(nested, sort_keys=True).encode()).hexdigest()
-
-
-def parse_override(text: str) -> tuple[str, str]:
-    """Split ``key=value`` of the command line.
-
-    Raises:
-        ConfigError: no ``=`` in it.
-    """
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{text!r} is not key=value, such as server.clients-per-round=5")
-    return key.strip(), value.strip()
-
-
-def _hyphenated(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    return {key.replace("_", "-"): value for key, value in values.items()}
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Flat dotted, hyphenated keys of nested tables."""
-    flat: dict[str, Scalar] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}".replace("_", "-")] = value
-    return flat
-
-
-def _read_toml(path: Path) -> dict[str, Scalar]:
-    try:
-        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        near = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        hint = f"; beside it lie {', '.join(near)}" if near else ""
-        raise ConfigError(f"there is no configuration file {str(path)!r}{hint}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read as TOML: {error}") from error
-
-
-def _check_boolean(key: str, value: Scalar, default: Scalar) -> None:
-    """Pydantic reads ``yes`` as true and true as 1; a typing slip should not pass for a value."""
-    if isinstance(default, bool):
-        if not isinstance(value, bool) and value not in ("true", "false"):
-            raise ConfigError(f"{key}={value!r}: write true or false")
-    elif isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r}: expected a {type(default).__name__}, not true or false")
-
-
-def _unknown_key(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given.replace("_", "-"), known, n=1, cutoff=0.5)
-    same_name = [key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2].replace("_", "-")]
-    hints = near or same_name
-    return f"unknown configuration key {given!r}" + (f"; did you mean {hints[0]!r}?" if hints else "")
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{key}={item['input']!r}: {message}" if key else message)
-    return "; ".join(lines)

@@ -7,7 +7,7 @@ setting means stands in ``framp_core/config.py``; where it comes from, in each m
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from framp_core.config import Scalar
+from framp_core.config_values import Scalar
 
 Settings = Mapping[str, Scalar]
 

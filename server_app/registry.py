@@ -13,7 +13,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from framp_core.codec import decode_descriptor
-from framp_core.config import FrampConfig, parse_capacity
+from framp_core.config import FrampConfig
+from framp_core.config_values import parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError
 from framp_core.metrics import Role
 from server_app.replies import Refusal, Reply, read_replies

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
 from framp_core.methods import METHODS, is_ablation, settings_of

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from framp.compare.plan import LEARNING_RATE, PLACES, Comparison, find_preset
 from framp.compare.tuning import TuningPlan
-from framp_core.config import Scalar, flatten
+from framp_core.config_values import Scalar, flatten
 from framp_core.errors import ConfigError
 
 Overrides = Annotated[

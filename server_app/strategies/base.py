@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout

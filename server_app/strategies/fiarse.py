@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from framp_core.config import Scalar
+from framp_core.config_values import Scalar
 from server_app.strategies.framp import FrampStrategy
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from framp_core.config import Scalar
+from framp_core.config_values import Scalar
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate
 from server_app.strategies.heterofl import HeteroFLStrategy

@@ -10,7 +10,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import app
 from client_app.client import Client
 from framp_core.codec import decode_update, encode_submodel
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
 from framp_core.masking import extract

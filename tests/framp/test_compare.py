@@ -25,7 +25,7 @@ from framp.compare import harness, runner, statistics, tables
 from framp.compare.plan import Comparison, PlannedRun, differences, find_preset
 from framp.compare.results import Results, RunResult
 from framp.compare.tuning import Tuning, TuningPlan
-from framp_core.config import Scalar
+from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
 from framp_core.methods import METHODS
 from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Population, summarise

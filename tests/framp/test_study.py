@@ -16,7 +16,8 @@ from framp.compare.tuning import Tuning, TuningPlan
 from framp.study import harness
 from framp.study.claims import CellOf, SmallAgainstFull, cells, published, strengthened
 from framp.study.plan import read_study
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
 from tests.framp.test_compare import result
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from framp_core.config import FrampConfig, ModelConfig, Scalar
+from framp_core.config import FrampConfig, ModelConfig
+from framp_core.config_values import Scalar
 from framp_core.data import ClientData, LabelledImages, Normaliser, augment
 from framp_core.errors import ConfigError, ModelError
 from framp_core.layout import ParameterLayout

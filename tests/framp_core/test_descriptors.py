@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data.client_data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser
 from framp_core.descriptors import MomentsDescriptor, Standardiser, build_descriptor

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from framp_core.config import FrampConfig, LocalConfig, Scalar
+from framp_core.config import FrampConfig, LocalConfig
+from framp_core.config_values import Scalar
 from framp_core.data.client_data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser
 from framp_core.layout import ParameterLayout

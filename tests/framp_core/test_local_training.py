@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data.client_data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser, augment
 from framp_core.errors import ConfigError, ModelError

@@ -10,7 +10,8 @@ from flwr.clientapp import ClientApp
 from client_app.app import app as client_app
 from client_app.app import evaluate, train
 from framp.engines import InProcessGrid, run_local
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.methods import settings_of
 from framp_core.metrics import PriorCurve
 from framp_core.run_folder import PRIOR_CURVE, RunFolder

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from framp.engines import run_local
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import ClientData, load_client
 from framp_core.errors import ConfigError
 from framp_core.layout import ParameterLayout

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from framp.engines import run_local
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import load_client
 from framp_core.layout import ParameterLayout
 from framp_core.local_training import evaluate, log_prior, train_locally

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from framp.engines import run_local
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import ClientData, LabelledImages, augment, load_client
 from framp_core.layout import ParameterLayout
 from framp_core.methods import METHODS

@@ -6,7 +6,8 @@ from flwr.app import ConfigRecord, Message
 
 from client_app.app import app as client_app
 from framp.engines import InProcessGrid
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_fingerprint
 from server_app.registry import ClientRegistry

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from client_app.app import app as client_app
 from client_app.client import Client
 from framp.engines import InProcessGrid
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import load_client
 from framp_core.data.client_data import ClientData
 from framp_core.errors import ConfigError, ModelError

@@ -15,7 +15,8 @@ from client_app.app import app as client_app
 from client_app.app import evaluate, train
 from framp.engines import InProcessGrid, run_local
 from framp_core.codec import encode_update
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import load_client
 from framp_core.errors import EngineError, RunFolderError
 from framp_core.layout import ParameterLayout

@@ -12,7 +12,8 @@ from client_app import client as client_module
 from client_app.app import app as client_app
 from framp.engines import InProcessGrid
 from framp_core.codec import encode_slim
-from framp_core.config import FrampConfig, Scalar
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.data import load_client
 from framp_core.errors import ConfigError, MaskMismatchError
 from framp_core.layout import ParameterLayout
