@@ -196,7 +196,7 @@ class LocalConfig(_Section):
     alignment_weight: float = Field(0.1, ge=0, description="lambda of the prototype-alignment loss; 0: off")
     alignment_distance: Literal["squared-l2", "cosine"] = "squared-l2"
     nested_share: float = Field(
-        0.0, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
+        0.5, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
     )
     masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
     threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")

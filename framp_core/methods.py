@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
     "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
     "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
     "framp-layerwise": Method("FRAMP, layer-wise mask", {"extraction.name": "layer-top-k"}, "ablation: mask"),
+    "framp-unnested": Method("FRAMP, no nested steps", {"local.nested-share": 0.0}, "ablation: own size alone"),
     "framp-nested": Method("FRAMP, nested steps", {"local.nested-share": 0.2}, "variant: a fifth of the steps nested"),
     "framp-modulated": Method("FRAMP, modulated", {"generator.name": "modulated"}, "ablation: generator"),
     "framp-experts": Method("FRAMP, experts of all layers", {"generator.expert-scope": "all"}, "variant: generator"),
