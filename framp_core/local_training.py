@@ -235,7 +235,8 @@ def _trained_weights(
     if mask is None or local.nested_share == 0:
         return KeptWeights(model, start, kept)
     theta, sizes = start.cpu().numpy(), [size for size in config.capacity.sizes if size < data.capacity]
-    smaller = [extract(theta, model.layout, config.extraction, size) for size in sizes]
+    # Rounded shares of layers, or weights that int8 made zero, could else put a smaller mask outside the own one.
+    smaller = [extract(theta, model.layout, config.extraction, size) & mask for size in sizes]
     # A child stream: with or without nested steps, the batches are the same.
     return NestedWeights(model, start, kept, smaller, local.nested_share, rng.spawn(1)[0])
 

@@ -21,6 +21,10 @@ GLOBAL_MODEL: Settings = {
     "local.prior-strength": 0.0,
     "local.alignment-weight": 0.0,
     "local.nested-share": 0.0,
+    "local.threshold-gradient": False,
+    "local.masked-cross-entropy": False,
+    "local.distillation-weight": 0.0,
+    "model.exits": 1,
 }
 """One global model, averaged per coordinate over the clients that hold it: what the baselines have in common."""
 

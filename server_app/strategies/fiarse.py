@@ -18,4 +18,8 @@ class FiarseStrategy(FrampStrategy):
     are required here. ``presets/fiarse-cifar10.toml`` is the published experiment.
     """
 
-    required: ClassVar[Mapping[str, Scalar]] = {"generator.name": "shared", "local.alignment-weight": 0.0}
+    required: ClassVar[Mapping[str, Scalar]] = {
+        "generator.name": "shared",
+        "local.alignment-weight": 0.0,
+        "local.nested-share": 0.0,
+    }

@@ -1,12 +1,14 @@
 """Local only: every client alone, the lower reference of the comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from framp_core.config_values import Scalar
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate, SubmodelStrategy
 
@@ -32,6 +34,8 @@ class LocalOnlyStrategy(SubmodelStrategy):
     measured with the initialisation. The server holds what the devices of a real deployment would keep to
     themselves, so the bytes that the run reports are those of this harness, not of the method.
     """
+
+    required: ClassVar[Mapping[str, Scalar]] = {"local.alignment-weight": 0.0, "local.nested-share": 0.0}
 
     def build(self, initial: Tensor, feature_size: int, client: ClientRecord) -> dict[str, int]:
         """Keep the common initialisation."""

@@ -219,18 +219,20 @@ def test_the_best_validation_accuracy_chooses_the_smaller_of_equal_rates() -> No
 
 
 def test_tuning_uses_its_own_seed_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = comparison(tmp_path / "out", seeds=(2, 7))
+    asked = comparison(tmp_path / "out", "framp", "fedavg", "framp-shared", seeds=(2, 7))
     plan = TuningPlan.of(asked, (0.3, 0.1))
     assert plan == TuningPlan(1007, (0.1, 0.3))
-    best = {"framp": 0.1, "framp-shared": 0.3}
+    best = {"framp": 0.1, "fedavg": 0.3}
     for method, rate in itertools.product(best, plan.grid):
         folder = asked.out / "tuning" / f"{method}-rate{rate:g}"
         finish_at_once(PlannedRun(method, asked.config(method, 1007, folder, rate)), 0.9 - abs(rate - best[method]))
     monkeypatch.setattr(runner.subprocess, "Popen", no_process)
     tuning = harness.tune(asked, plan, 1, quiet())
     assert tuning.chosen == best
-    for run in asked.runs(tuning.chosen):
-        assert run.config.local.learning_rate == best[run.method]
+    rates = {**best, "framp-shared": best["framp"]}
+    assert tuning.rates(asked) == rates, "an ablation takes the rate of the reference"
+    for run in asked.runs(rates):
+        assert run.config.local.learning_rate == rates[run.method]
     assert [run.method for run in asked.runs({"framp": 0.1})] == ["framp", "framp"]
     harness.write_tuning(asked, tuning)
     written = json.loads((asked.out / "tuning.json").read_text())
