@@ -220,7 +220,9 @@ class ServerConfig(_Section):
     """Sampling, update of the generator, patience."""
 
     clients_per_round: int = Field(10, ge=1)
-    shared_optimizer: Literal["sgd", "adam"] = Field("sgd", description="for the shared vector theta_0")
+    shared_optimizer: Literal["sgd", "adam"] = Field(
+        "sgd", description="for the shared vector theta_0 and a mixture's experts"
+    )
     shared_learning_rate: float = Field(1.0, gt=0)
     shared_momentum: float = Field(0.5, ge=0, lt=1)
     personal_optimizer: Literal["sgd", "adam"] = Field("adam", description="for all other generator parameters")
@@ -300,6 +302,17 @@ class FrampConfig(_Section):
     wire: WireConfig = WireConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _experts_learn(self) -> Self:
+        server = self.server
+        if self.generator.name == "mixture" and (server.weighting, server.shared_optimizer) != ("coverage", "sgd"):
+            raise ValueError(
+                f"generator.name='mixture' learns with server.weighting='coverage' and server.shared-optimizer='sgd'; "
+                f"given are {server.weighting!r} and {server.shared_optimizer!r}. Change them, or choose another "
+                f"generator, such as 'modulated'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _absolute_paths(self) -> Self:

@@ -21,16 +21,18 @@ class ExpertUpdate:
 
         ``s (mean_k - mean)``,   ``s = 1 - 1 / (1 + memory * max(F - 1, 0))``,
 
-    so that with s = 1 the clients of a cluster follow their own mean and with s = 0 the mean of all. s is one number
-    for each tensor of the network, from
+    so that with s = 1 the clients of a cluster follow their own mean and with s = 0 the mean of all; a cluster of which
+    nobody holds the coordinate in a round follows the mean of all. s is one number for each tensor, from
 
         ``F = sum_j B_j / sum_j W_j b_j / w_j``,
 
     where in coordinate j ``B_j = sum_k n_k (mean_k - mean)^2`` has ``b_j`` degrees of freedom (clusters present less
     one) and ``W_j = sum_ki (Delta_ki - mean_k)^2`` has ``w_j`` (holders less clusters). Both sums are smoothed over
-    rounds. Where clusters do not differ, F is about 1 and the experts stay where they are; ``1 - 1/F`` is the
-    shrinkage that an empirical-Bayes estimate of one round's cluster means would use (Efron and Morris 1973), and
-    ``memory`` accounts for differences that last: averaged over so many rounds, their noise is that much smaller.
+    rounds. Where clusters do not differ, F starts at about 1 and the experts move little; ``1 - 1/F`` is the shrinkage
+    that an empirical-Bayes estimate of one round's cluster means would use (Efron and Morris 1973), and ``memory``
+    accounts for differences that last: averaged over so many rounds, their noise is that much smaller. It is not a
+    test: what noise has put into the experts is a real difference from then on, which clients that train from it
+    report as one, so that s climbs in long runs without any cluster effect.
 
     Args:
         generator: whose experts get their gradient here.
@@ -117,7 +119,8 @@ def _between_and_within(shares: Tensor, delta: Tensor, held: Tensor) -> tuple[Te
     present = (counts > 0).sum(dim=0)
     between_freedom, within_freedom = present - 1, counts.sum(dim=0) - present
     known = (between_freedom > 0) & (within_freedom > 0)
-    between = (counts * difference.square()).sum(dim=0)[known]
-    within = (held * (delta - shares @ means).square()).sum(dim=0)[known]
+    # Squares in double: those of large deltas overflow in single.
+    between = (counts * difference.double().square()).sum(dim=0)[known]
+    within = (held * (delta - shares @ means).double().square()).sum(dim=0)[known]
     expected = within * between_freedom[known] / within_freedom[known]
-    return difference, float(between.double().sum()), float(expected.double().sum())
+    return difference, float(between.sum()), float(expected.sum())

@@ -91,19 +91,11 @@ class GeneratorUpdate:
             self._average_over_holders(masks, weights)
         elif self.config.weighting == "non-zero":
             self._average_over_holders((delta != 0 for delta in deltas), weights)
-        norms = {
-            "shared_gradient_norm": _gradient_norm(self.generator.shared_parameters()),
-            "personal_gradient_norm": _gradient_norm(self.generator.personal_parameters()),
-        }
-        if not np.isfinite(list(norms.values())).all():
-            self._clear_gradients()
-            raise NonFiniteError(
-                f"the generator's gradient is not finite ({norms}); refuse deltas that hold NaN or infinity before "
-                f"the step, and lower local.learning-rate if there are none"
-            )
+        self._require_finite()
         found = {}
         if self._experts is not None and self.config.weighting == "coverage":
             found = self._experts.set_gradient(descriptors, deltas, masks)
+        norms = self._norms()
         for optimizer in self._optimizers.values():
             optimizer.step()
         self._clear_gradients()
@@ -176,6 +168,21 @@ class GeneratorUpdate:
         for mask, weight in zip(masks, weights, strict=True):
             coverage.add_(torch.from_numpy(mask).to(coverage.device), alpha=weight)
         gradient.copy_(torch.where(coverage > 0, gradient / coverage, 0.0))
+
+    def _norms(self) -> dict[str, float]:
+        return {
+            "shared_gradient_norm": _gradient_norm(self.generator.shared_parameters()),
+            "personal_gradient_norm": _gradient_norm(self.generator.personal_parameters()),
+        }
+
+    def _require_finite(self) -> None:
+        norms = self._norms()
+        if not np.isfinite(list(norms.values())).all():
+            self._clear_gradients()
+            raise NonFiniteError(
+                f"the generator's gradient is not finite ({norms}); refuse deltas that hold NaN or infinity before "
+                f"the step, and lower local.learning-rate if there are none"
+            )
 
     def _clear_gradients(self) -> None:
         for optimizer in self._optimizers.values():

@@ -75,7 +75,7 @@ class ClientRecord:
                 train_examples=int(card["train-examples"]),  # type: ignore[arg-type]
                 partitions=int(card["partitions"]),  # type: ignore[arg-type]
                 partition_digest=str(card["partition-digest"]),
-                descriptor=decode_descriptor(blob),  # type: ignore[arg-type]
+                descriptor=_descriptor(blob),
                 descriptor_bytes=len(blob),  # type: ignore[arg-type]
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -88,6 +88,15 @@ class ClientRecord:
             f"images of shape {self.shape}, {self.classes} classes, descriptors of {len(self.descriptor)} floats, "
             f"partition {self.partition_digest[:12]} over {self.partitions} nodes"
         )
+
+
+def _descriptor(blob: object) -> np.ndarray:
+    """The descriptor in a reply, whose norm is at most 1: one client must not move what all are measured by."""
+    vector = decode_descriptor(blob)  # type: ignore[arg-type]
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if norm > 1.01:
+        raise ProtocolError(f"the descriptor has norm {norm:g}; every descriptor is scaled to unit norm")
+    return vector
 
 
 def _role(value: object) -> Role:

@@ -28,7 +28,7 @@ from framp_core.layout import ParameterLayout
 from framp_core.prototypes import Prototypes
 from framp_core.structured import by_group, held_channels, kept_sizes, selection_of, slim_size
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DESCRIPTOR_SIZE = 65_536
 """Floats of a descriptor; the server keeps one per client, so a client must not choose how much that is."""
 

@@ -20,9 +20,9 @@ class Mixture(Generator):
     The experts B_k cover the head alone, or the whole network (``generator.expert_scope``).
 
     The centres are found once, by k-means on the descriptors of the first clients (:meth:`fit`), and the experts B_k
-    start at zero. So the generator is linear in its parameters, and its server step can be averaged per coordinate
-    like that of theta_0: an expert learns the mean of what the shared step leaves unexplained in its own clients
-    (:class:`framp_core.server_update.GeneratorUpdate`). Clients that differ in kind (their labels mean other things,
+    start at zero. The generator is linear in its parameters, so its server step is averaged per coordinate like that
+    of theta_0: an expert learns by how much its clusters' deltas differ from those of all, as far as that is more than
+    noise (:class:`framp_core.expert_update.ExpertUpdate`). Clients that differ in kind (their labels mean other things,
     their images are turned) get models that differ as much as it takes, while all of them train theta_0. Clustered
     federated learning (IFCA, Ghosh et al., NeurIPS 2020) keeps a whole model per cluster instead, and lets every
     client try all of them.
@@ -35,7 +35,6 @@ class Mixture(Generator):
 
     def __init__(self, layout: ParameterLayout, descriptor_size: int, config: GeneratorConfig) -> None:
         super().__init__(layout, descriptor_size, config)
-        self.config = config
         scope = [slot for slot in layout.slots if config.expert_scope == "all" or slot.name.startswith(HEAD)]
         if not scope or sum(slot.size for slot in scope) != layout.size - scope[0].offset:
             raise ModelError(
@@ -74,7 +73,3 @@ class Mixture(Generator):
     def shared_parameters(self) -> list[nn.Parameter]:
         """The shared vector and the experts: both move like weights, by averaged deltas."""
         return [self.theta_0, self.experts]
-
-    def personal_parameters(self) -> list[nn.Parameter]:
-        """None: there is no network behind the experts."""
-        return []

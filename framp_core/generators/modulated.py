@@ -1,4 +1,4 @@
-"""The shared vector, scaled and shifted per output channel (the default)."""
+"""The shared vector, scaled and shifted per output channel."""
 
 import torch
 from torch import Tensor, nn

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from framp_core.descriptors import Standardiser, build_descriptor
-from framp_core.generators import build_generator
+from framp_core.generators import Generator, build_generator
 from framp_core.prototypes import PrototypeBank, Prototypes
 from framp_core.randomness import stream
 from framp_core.server_update import GeneratorUpdate
@@ -27,13 +27,19 @@ class FrampStrategy(SubmodelStrategy):
         generator = build_generator(
             self.config.generator, self.layout, len(client.descriptor), initial, self.config.seed
         )
-        trained = [known for _, known in sorted(self.registry.clients.items()) if known.role == "train"] or [client]
-        descriptors = np.stack([known.descriptor for known in trained])
-        self.standardiser = Standardiser(build_descriptor(self.config, client.shape, client.classes), descriptors)
-        generator.fit(torch.from_numpy(self.standardiser(descriptors)), stream(self.config.seed, "generator-fit"))
+        self._fit(generator, client)
         self.generator_update = GeneratorUpdate(generator, self.config.server)
         self.bank = PrototypeBank(client.classes, feature_size, self.config.server.prototype_decay)
         return {"generator_parameters": sum(parameter.numel() for parameter in generator.parameters())}
+
+    def _fit(self, generator: Generator, client: ClientRecord) -> None:
+        """Let the generator see the descriptors of the clients that train, as far as they are known by now."""
+        trained = [known for _, known in sorted(self.registry.clients.items()) if known.role == "train"] or [client]
+        descriptors = np.stack([known.descriptor for known in trained])
+        # The server only takes descriptors apart, for which it needs no GPU, whatever the clients have.
+        on_cpu = self.config.model_copy(update={"local": self.config.local.model_copy(update={"device": "cpu"})})
+        self.standardiser = Standardiser(build_descriptor(on_cpu, client.shape, client.classes), descriptors)
+        generator.fit(torch.from_numpy(self.standardiser(descriptors)), stream(self.config.seed, "generator-fit"))
 
     def generate(self, client: ClientRecord, *, evaluation: bool) -> np.ndarray:
         """h(v_i; phi), from the averaged generator for evaluation."""
