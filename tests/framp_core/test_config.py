@@ -80,6 +80,8 @@ def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
         ({"data.root": "some/folder"}, "absolute"),
         ({"local.learning-rate": float("nan")}, "finite"),
         ({"data.name": "mnist"}, "image-folder"),
+        ({"server.weighting": "uniform"}, "such as 'modulated'"),
+        ({"server.shared-optimizer": "adam"}, "server.shared-optimizer='sgd'"),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:

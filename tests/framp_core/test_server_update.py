@@ -262,8 +262,9 @@ def test_averaged_state_is_refused_without_averaging():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_non_finite_gradient_leaves_everything_as_it_was(bad):
-    update = GeneratorUpdate(build("modulated"), ServerConfig())
+@pytest.mark.parametrize("name", ["modulated", "mixture"])
+def test_non_finite_gradient_leaves_everything_as_it_was(name, bad):
+    update = GeneratorUpdate(build(name), ServerConfig())
     update.step(*round_of(2, 0))
     before = {key: value.clone() for key, value in update.state_dict().items()}
     descriptors, deltas, masks, examples = round_of(2, 1)

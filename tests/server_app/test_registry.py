@@ -6,6 +6,7 @@ from flwr.app import ConfigRecord, Message
 
 from client_app.app import app as client_app
 from framp.engines import InProcessGrid
+from framp_core.codec import decode_descriptor
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.errors import EngineError
@@ -188,4 +189,11 @@ def test_node_configuration_may_set_name_and_capacity(tiny: Build) -> None:
 def test_bad_node_configuration_reaches_the_operator(tiny: Build, node: Node, words: str) -> None:
     config = tiny({"partition.clients": 1, "partition.unseen-clients": 0, "server.discovery-deadline": 0.3})
     with Nodes(config, [node]) as grid, pytest.raises(EngineError, match=words):
+        ClientRegistry(config, INSTRUCTION).wait(grid)
+
+
+def test_a_descriptor_of_absurd_size_is_refused(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.registry.decode_descriptor", lambda blob: 1e30 * decode_descriptor(blob))
+    config = tiny({"server.discovery-deadline": 0.1})
+    with Nodes(config) as grid, pytest.raises(EngineError, match="norm 1e\\+30"):
         ClientRegistry(config, INSTRUCTION).wait(grid)
