@@ -204,7 +204,7 @@ def contribution_table(tests: Sequence[PairedTest]) -> Table:
         (Cell(title(name)), *(cell(found.get((name, column))) for column in columns))
         for name in dict.fromkeys(test.method for test in tests)
     )
-    return Table(("Without it", *(POPULATIONS[column][0] for column in columns)), rows)
+    return Table(("Variant", *(POPULATIONS[column][0] for column in columns)), rows)
 
 
 def method_table(results: Results, tuning: Tuning | None) -> Table:

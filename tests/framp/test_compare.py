@@ -424,7 +424,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, str]:
 
 def test_a_comparison_prints_tables_and_tests(real: tuple[Comparison, str]) -> None:
     _, output = real
-    for words in ("[4/4]", "Local accuracy, %", "Unseen accuracy, %", "FRAMP, no hypernetwork", "Parameters held"):
+    for words in ("[4/4]", "Local accuracy, %", "Unseen accuracy, %", "FRAMP, shared model alone", "Parameters held"):
         assert words in output
     assert "Clients of one seed share a server" in " ".join(output.split())
 

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from framp import cli
 from framp.compare import runner
+from framp.compare.report import Compared
 from framp.compare.results import Results
 from framp.compare.tuning import Tuning, TuningPlan
-from framp.study import harness
+from framp.study import harness, report
 from framp.study.claims import CellOf, SmallAgainstFull, cells, published, strengthened
 from framp.study.plan import read_study
+from framp.study.report import Part
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
@@ -166,6 +168,19 @@ def test_the_smallest_size_against_the_full_model_on_the_same_clients(framp: int
     assert found.reference == pytest.approx(framp / 100 + 0.015)
     assert found.reached is reached
     assert SmallAgainstFull.of(results_of({"framp": 60}), "framp") is None
+
+
+def test_the_page_says_once_how_to_read_it(tmp_path: Path) -> None:
+    text = STUDY.replace('"local.steps" = 5', '"evaluation.local-prior-strength" = 0')
+    settings = read_study(write(tmp_path, text), {}, tmp_path / "out").settings
+    results = results_of({"framp": 60, "fedavg": 90, "local": 50})
+    parts = [Part(each, Compared(each.comparison, results, None, (), (), ())) for each in settings]
+    heading, said = report._reading(parts)
+    assert heading == "## Reading this page"
+    for words in ("±", "†: ignores budgets", "Bold: ", "Local: ", "Union: ", "Unseen: ", "No Unseen for Local only"):
+        assert words in said
+    assert "with strength 1; 0 in Second (`evaluation.local-prior-strength`). Union: no prior." in said
+    assert report._reading([]) == []
 
 
 # For real
