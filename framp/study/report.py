@@ -68,7 +68,8 @@ def write_study(study: Study, parts: Sequence[Part]) -> Path:
     done = {part.setting.name for part in parts}
     page = [
         f"# {study.title}", *([study.text.strip()] if study.text else []), f"```bash\n{study.command}\n```",
-        *(f"> Setting {each.name} has no finished run." for each in study.settings if each.name not in done),
+        *(f"> Setting {each.name} is missing: it failed, or it is not done yet."
+          for each in study.settings if each.name not in done),
         "## Overview", *_overview(parts),
         *(text for part in parts for text in _section(part)),
         *_reading(parts),

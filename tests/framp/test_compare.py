@@ -193,6 +193,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert (run.folder / "thesis.tex").exists()
 
 
+def test_a_folder_that_is_not_the_run_in_the_end_fails_that_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = comparison(tmp_path / "out", seeds=(0,)).runs()
+
+    def process(command: list[str], **_: object) -> subprocess.Popen[bytes]:
+        if command[-1] == str(bad.folder):
+            bad.folder.mkdir()
+            (bad.folder / "thesis.tex").touch()
+        else:
+            finish_at_once(good)
+        return real([sys.executable, "-c", ""])
+
+    real = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", process)
+    (failure,) = runner.execute([bad, good], 1, quiet())
+    assert (failure.run, failure.status) == (bad.name, 0)
+    assert "not a run folder" in failure.tail
+
+
 def test_differences_leave_out_what_cannot_change_numbers(tmp_path: Path) -> None:
     here, there = comparison(tmp_path / "a").runs()[0].config, comparison(tmp_path / "b").runs()[0].config
     assert here != there
@@ -216,6 +236,8 @@ def test_the_best_validation_accuracy_chooses_the_smaller_of_equal_rates() -> No
     tuning = Tuning(plan, scores, ())
     assert tuning.chosen == {"framp": 0.1, "fedavg": 0.3}
     assert tuning.at_edge() == ["fedavg"]
+    failures = [runner.Failure(f"{name}-rate0.03", 1, Path("log"), "") for name in ("fedavg", "local")]
+    assert tuning.missed(failures) == failures[1:], "a method with another rate has not failed"
 
 
 def test_tuning_uses_its_own_seed_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +267,9 @@ def test_tuning_uses_its_own_seed_and_resumes(tmp_path: Path, monkeypatch: pytes
         ({}, (0.1,), 1, "also a test seed"),
         ({}, (), None, "--grid"),
         ({}, (0.1, 0.1), None, "each once"),
+        ({}, (0.1, 0.0), None, "finite and above 0"),
+        ({}, (0.1, float("nan")), None, "finite and above 0"),
+        ({"capacity.sizes": "2"}, (0.1,), None, "outside"),
         ({"local.learning_rate": 0.1}, (0.1,), None, "use one of the two"),
         ({"partition.validation-fraction": 0}, (0.1,), None, "validation-fraction is 0"),
     ],

@@ -135,7 +135,30 @@ def test_a_setting_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypat
         harness.run_study(study, 1, Console(file=StringIO()))
     assert done == ["one", "three"]  # without the learning rates of the first, the second makes no sense
     page = (study.out / "study.md").read_text()
-    assert all(f"Setting {name} has no finished run." in page for name in ("one", "two", "three"))
+    assert all(f"Setting {name} is missing" in page for name in ("one", "two", "three"))
+
+
+def test_an_error_in_a_setting_stops_neither_the_others_nor_page_and_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_study(write(tmp_path), {}, tmp_path / "out")
+    study.out.mkdir()
+    pages: list[str] = []
+
+    def carry_out(comparison: Any, *_: object) -> tuple[Compared, list[runner.Failure]]:
+        page = study.out / "study.md"
+        pages.append(page.read_text() if page.exists() else "")
+        if comparison.out.name == "two":
+            raise RunFolderError("another framp compare works there")
+        tuning = Tuning(TuningPlan(1004, (0.1,)), {"framp": (0.5,), "fedavg": (0.5,)}, ())
+        return Compared(comparison, results_of({"framp": 60, "fedavg": 50}), tuning, (), (), ()), []
+
+    monkeypatch.setattr(harness, "carry_out", carry_out)
+    with pytest.raises(EngineError, match="setting 'two': another framp compare works there"):
+        harness.run_study(study, 1, Console(file=StringIO()), tmp_path / "docs")
+    assert ["## one\n" in page for page in pages] == [False, True, True]
+    exported = (tmp_path / "docs" / "study.md").read_text()
+    assert all(words in exported for words in ("## one\n", "Setting two is missing", "## three\n"))
 
 
 # Claims
