@@ -14,7 +14,7 @@ from rich.console import Console
 
 from framp.compare import tables
 from framp.compare.figures import draw_figures
-from framp.compare.plan import LEARNING_RATE, PRESETS, Comparison
+from framp.compare.plan import LEARNING_RATE, PRESETS, Comparison, public_options, public_path
 from framp.compare.results import Results
 from framp.compare.runner import Failure
 from framp.compare.statistics import COLUMNS, LEVEL, MINIMUM_PAIRS, RESAMPLES, PairedTest, compare
@@ -117,14 +117,14 @@ def write_tuning(comparison: Comparison, tuning: Tuning) -> None:
 
 
 def command(compared: Compared) -> str:
-    """The command that does this comparison again, without its folder."""
+    """The command that does this comparison again, without its folder and other paths of this machine."""
     comparison, tuning = compared.comparison, compared.tuning
     if comparison.made_by:
         return comparison.made_by
     words = ["framp", "compare"]
     if comparison.preset:
         shipped = comparison.preset.parent == PRESETS
-        words += ["--preset", comparison.preset.stem] if shipped else [str(comparison.preset)]
+        words += ["--preset", comparison.preset.stem] if shipped else [public_path(comparison.preset)]
     words += ["--methods", ",".join(comparison.methods), "--seeds", ",".join(map(str, comparison.seeds))]
     if comparison.reference != comparison.methods[0]:
         words += ["--reference", comparison.reference]
@@ -132,9 +132,7 @@ def command(compared: Compared) -> str:
         words += ["--tune", "--grid", ",".join(f"{rate:g}" for rate in tuning.plan.grid)]
         words += ["--tuning-seed", str(tuning.plan.seed)]
         words += ["--tuning-rounds", str(tuning.plan.rounds)] if tuning.plan.rounds else []
-    for key, value in comparison.overrides.items():
-        words += ["-o", f"{key}={value}"]
-    return shlex.join(words)
+    return shlex.join([*words, *public_options(comparison.overrides)])
 
 
 _COST_NOTE = (

@@ -158,8 +158,17 @@ class Results:
 
     def over_seeds(self, method: str, key: str, capacity: str) -> list[float]:
         """One number of the results table for each seed of a method, where it is known."""
-        rows = [run.row(capacity) for run in self.of(method)]
-        return [float(row[key]) for row in rows if row is not None and row[key] is not None]
+        return list(self._by_seed(method, key, capacity).values())
+
+    def on_common_seeds(self, methods: Sequence[str], key: str, capacity: str) -> list[list[float]]:
+        """One number of the results table by method and seed, for the seeds in which all of the methods have it."""
+        found = [self._by_seed(name, key, capacity) for name in methods]
+        common = [seed for seed in self.seeds if all(seed in each for each in found)]
+        return [[each[seed] for seed in common] for each in found]
+
+    def _by_seed(self, method: str, key: str, capacity: str) -> dict[int, float]:
+        rows = [(run.seed, run.row(capacity)) for run in self.of(method)]
+        return {seed: float(row[key]) for seed, row in rows if row is not None and row[key] is not None}
 
     @cached_property
     def strengths(self) -> list[float]:

@@ -11,7 +11,7 @@ from framp.compare.results import Results, RunResult
 from framp.compare.statistics import SeedTest
 from framp_core.methods import METHODS, is_ablation, settings_of
 from framp_core.metrics import MEAN, ClientAccuracy, PriorCounts, PriorCurve
-from tests.framp.test_compare import result
+from tests.framp.test_compare_statistics import result
 
 BASES = {("framp", 0): 60, ("framp", 1): 64, ("fedavg", 0): 50, ("fedavg", 1): 60, ("fiarse", 0): 40, ("fiarse", 1): 42}
 ABLATED = {("framp-shared", 0): 70, ("framp-shared", 1): 71, ("framp-dense", 0): 59, ("framp-dense", 1): 61}

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from framp import cli
-from framp.compare import runner
+from framp.compare import runner, tables
 from framp.compare.report import Compared
 from framp.compare.results import Results
 from framp.compare.tuning import Tuning, TuningPlan
@@ -21,7 +21,7 @@ from framp.study.report import Part
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
-from tests.framp.test_compare import result
+from tests.framp.test_compare_statistics import result
 
 SMOKE = Path(__file__).parents[2] / "studies" / "smoke.toml"
 STUDY = """
@@ -74,7 +74,7 @@ def test_a_setting_lies_over_the_defaults_and_under_the_command_line(tmp_path: P
     assert {config.rounds for config in configs} == {7}
     assert {config.partition.alpha for config in configs} == {0.7}
     assert {config.model.widths for config in configs} == {(32, 64, 96, 96)}  # the preset
-    assert study.command == "framp study studies/study.toml -o partition.alpha=0.7 -o data.root=DIR"
+    assert study.command == "framp study study.toml -o partition.alpha=0.7 -o data.root=DIR"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,18 @@ def test_cells_say_who_is_first_and_by_how_much() -> None:
     ]  # fmt: skip
     assert [cell.behind for cell in cells(results, "framp", ["fiarse-strong"])] == [0.0] * 4
     assert cells(results, "framp", []) == []
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
+    bases = {("framp", 0): 60, ("framp", 1): 80, ("fiarse", 0): 62, ("fedavg", 1): 81}
+    runs = tuple(result(name, seed, {"local": base, "union": base}) for (name, seed), base in bases.items())
+    results = Results(("framp", "fiarse", "fedavg"), (0, 1), runs)
+    assert [cell.behind for cell in cells(results, "framp", ["fiarse"])] == [2.0] * 4
+    small = SmallAgainstFull.of(results, "framp")
+    assert small is not None
+    assert (small.reference, small.full) == pytest.approx((0.815, 0.825))
+    local, _ = tables.accuracy_tables(results, "framp")
+    assert {row for row, _ in local.best} == {1}, "FIARSE is ahead on the one seed that both have"
 
 
 @pytest.mark.parametrize(("framp", "reached"), [(60, True), (59, False)])
