@@ -141,13 +141,11 @@ def study(
     ] = None,
 ) -> None:
     """Compare methods in several settings, and write one page over all."""
-    from framp.study import export_study, read_study, run_study
+    from framp.study import read_study, run_study
 
     target = (out or Path("runs") / file.stem).expanduser().resolve()
     asked = read_study(file, read_overrides(override), target)
-    console.print(f"study: {run_study(asked, workers, console)}", soft_wrap=True)
-    if export is not None:
-        console.print(f"exported: {export_study(asked, export.expanduser().resolve())}", soft_wrap=True)
+    run_study(asked, workers, console, export.expanduser().resolve() if export is not None else None)
 
 
 @app.command()

@@ -5,7 +5,7 @@ setting means stands in ``framp_core/config.py``; where it comes from, in each m
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from framp_core.config_values import Scalar
 
@@ -45,16 +45,18 @@ class Method:
         settings: flat configuration keys, ``method`` (the strategy) among them.
         source: paper and section, or what is ablated.
         ignores_budget: whether every client holds the full model whatever its capacity.
+        serves_unseen: whether it has a trained model for a client that never trained.
     """
 
     title: str
     settings: Settings
     source: str
     ignores_budget: bool = False
+    serves_unseen: bool = True
 
     def strengthened(self) -> "Method":
         """The same method with the tricks of :data:`STRENGTHENED`."""
-        return Method(f"{self.title} +", {**self.settings, **STRENGTHENED}, self.source, self.ignores_budget)
+        return replace(self, title=f"{self.title} +", settings={**self.settings, **STRENGTHENED})
 
 
 _HETEROFL: Settings = {**GLOBAL_MODEL, "local.masked-cross-entropy": True}
@@ -90,8 +92,13 @@ METHODS: dict[str, Method] = {
     "framp": Method("FRAMP", {"method": "framp"}, "Liang and Tay, arXiv 2604.11278"),
     **_PUBLISHED,
     **{f"{name}{STRONG}": method.strengthened() for name, method in _PUBLISHED.items()},
-    "local": Method("Local only", {**GLOBAL_MODEL, "method": "local"}, "each client alone, submodel of its capacity"),
-    "framp-shared": Method("FRAMP, no hypernetwork", {"generator.name": "shared"}, "ablation: theta_0 alone"),
+    "local": Method(
+        "Local only",
+        {**GLOBAL_MODEL, "method": "local"},
+        "each client alone, submodel of its capacity",
+        serves_unseen=False,
+    ),
+    "framp-shared": Method("FRAMP, shared model alone", {"generator.name": "shared"}, "ablation: theta_0 alone"),
     "framp-unaligned": Method("FRAMP, no alignment", {"local.alignment-weight": 0.0}, "ablation: lambda = 0"),
     "framp-layerwise": Method("FRAMP, layer-wise mask", {"extraction.name": "layer-top-k"}, "ablation: mask"),
     "framp-unnested": Method("FRAMP, no nested steps", {"local.nested-share": 0.0}, "ablation: own size alone"),

@@ -51,7 +51,8 @@ def carry_out(
         console: where progress is shown.
 
     Returns:
-        What was written, None if no run finished; and the runs that failed.
+        What was written, None if no run finished; and the runs that failed. A tuning run does not count there if its
+        method has another rate: the method goes on with that one, and the page has a note.
 
     Raises:
         ConfigError: the settings of a run are invalid; then nothing is started.
@@ -60,14 +61,17 @@ def carry_out(
     comparison.runs()
     with _alone(comparison.out):
         tuning = tune(comparison, plan, workers, console) if isinstance(plan, TuningPlan) else plan
-        failures = list(tuning.failures) if tuning and tuning is not plan else []
+        tried = list(tuning.failures) if tuning and tuning is not plan else []
         if tuning:
             write_tuning(comparison, tuning)
         runs = comparison.runs(tuning.rates(comparison) if tuning else None)
-        failures += execute(runs, workers, console)
-        if not any(run.is_finished() for run in runs):
+        failed = execute(runs, workers, console)
+        failures = [*(tuning.missed(tried) if tuning else []), *failed]
+        # A failed run's folder may hold what cannot be read, or another run.
+        sound = [run for run in runs if run.name not in {failure.run for failure in failed}]
+        if not any(run.is_finished() for run in sound):
             return None, failures
-        return write_comparison(comparison, Results.read(runs), tuning, failures), failures
+        return write_comparison(comparison, Results.read(sound), tuning, [*tried, *failed]), failures
 
 
 def raise_for(failures: Sequence[Failure], out: Path) -> None:

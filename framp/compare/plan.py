@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from framp_core.config import FrampConfig
-from framp_core.config_values import Scalar
+from framp_core.config_values import Scalar, read_toml
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
 from framp_core.methods import METHODS, is_ablation, settings_of
@@ -83,7 +83,8 @@ class Comparison:
 
     Raises:
         ConfigError: an unknown or repeated method or seed, fewer than one of either, a reference that is not among
-            the methods, or an override of a key that the comparison sets itself.
+            the methods, an override of a key that the comparison sets itself, or a preset of another method than
+            FRAMP, whose settings would lie under those of every method.
     """
 
     preset: Path | None
@@ -107,6 +108,13 @@ class Comparison:
         for key in self.overrides:
             if option := OPTIONS.get(key.replace("_", "-")):
                 raise ConfigError(f"-o {key}=... does not hold for a comparison; use {option}")
+
+        method = (read_toml(self.preset) if self.preset else {}).get("method", "framp")
+        if method != "framp":
+            raise ConfigError(
+                f"the preset {self.preset.stem if self.preset else ''!r} has method = {method!r}, so its settings "
+                "would lie under every method of the comparison; give one without a method"
+            )
 
     def config(self, method: str, seed: int, folder: Path, learning_rate: float | None = None) -> FrampConfig:
         """The configuration of one run: the preset, the method's settings on it, the overrides on both.
@@ -135,18 +143,27 @@ class Comparison:
 
         Args:
             learning_rates: tuned ones by method, whose methods alone are run; None: all methods, as configured.
+
+        Raises:
+            ConfigError: the settings of a run are invalid, or two methods have the same ones.
         """
         methods = self.methods if learning_rates is None else [name for name in self.methods if name in learning_rates]
         rates = learning_rates or {}
-        return [
+        runs = [
             PlannedRun(name, self.config(name, seed, self.out / RUNS / f"{name}-seed{seed}", rates.get(name)))
             for seed in self.seeds
             for name in methods
         ]
+        first: dict[str, str] = {}
+        for run in runs:
+            other = first.setdefault(run.config.digest(), run.method)
+            if other != run.method:
+                raise ConfigError(f"{other} and {run.method} have the same settings here; leave one of them out")
+        return runs
 
     def public_overrides(self) -> dict[str, Scalar]:
         """The overrides without the places of data on this machine."""
-        return {key: value for key, value in self.overrides.items() if key.replace("_", "-") not in PLACES}
+        return {key: value for key, value in self.overrides.items() if not _is_place(key)}
 
     def replaced(self) -> dict[str, list[str]]:
         """Overrides that replace what a method's paper fixes, and the methods that each of them changes."""
@@ -156,6 +173,21 @@ class Comparison:
             for key in sorted(given)
             if (touched := [name for name in self.methods if key in METHODS[name].settings])
         }
+
+
+def public_options(overrides: Mapping[str, Scalar]) -> list[str]:
+    """Overrides as ``-o`` options, with DIR for the places of data on this machine."""
+    return [word for key, value in overrides.items() for word in ("-o", f"{key}={'DIR' if _is_place(key) else value}")]
+
+
+def public_path(path: Path) -> str:
+    """A file as given on the command line: from the working directory if it lies there, else its name alone."""
+    resolved, here = path.expanduser().resolve(), Path.cwd()
+    return resolved.relative_to(here).as_posix() if resolved.is_relative_to(here) else path.name
+
+
+def _is_place(key: str) -> bool:
+    return key.replace("_", "-") in PLACES
 
 
 def find_preset(name: str) -> Path | None:

@@ -3,7 +3,7 @@
 import csv
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from framp.compare import tables
 from framp.compare.figures import draw_figures
-from framp.compare.plan import LEARNING_RATE, PRESETS, Comparison
+from framp.compare.plan import LEARNING_RATE, PRESETS, Comparison, public_options, public_path
 from framp.compare.results import Results
 from framp.compare.runner import Failure
 from framp.compare.statistics import COLUMNS, LEVEL, MINIMUM_PAIRS, RESAMPLES, PairedTest, compare
@@ -102,7 +102,7 @@ def _page(compared: Compared) -> list[str]:
         f"# {_subject(comparison)}", sentence(comparison, results), f"```bash\n{command(compared)}\n```",
         *(f"> {note}" for note in compared.notes),
         "## Methods", tables.markdown(tables.method_table(results, tuning)), *_tuning(tuning),
-        "## Accuracy", _accuracy_note(comparison, results),
+        "## Accuracy", _note_on_accuracy(comparison, results),
         *_titled(tables.accuracy_tables(shown, comparison.reference)), *_priors(shown),
         *_against(compared),
         *ablation_section(compared),
@@ -117,14 +117,14 @@ def write_tuning(comparison: Comparison, tuning: Tuning) -> None:
 
 
 def command(compared: Compared) -> str:
-    """The command that does this comparison again, without its folder."""
+    """The command that does this comparison again, without its folder and other paths of this machine."""
     comparison, tuning = compared.comparison, compared.tuning
     if comparison.made_by:
         return comparison.made_by
     words = ["framp", "compare"]
     if comparison.preset:
         shipped = comparison.preset.parent == PRESETS
-        words += ["--preset", comparison.preset.stem] if shipped else [str(comparison.preset)]
+        words += ["--preset", comparison.preset.stem] if shipped else [public_path(comparison.preset)]
     words += ["--methods", ",".join(comparison.methods), "--seeds", ",".join(map(str, comparison.seeds))]
     if comparison.reference != comparison.methods[0]:
         words += ["--reference", comparison.reference]
@@ -132,9 +132,7 @@ def command(compared: Compared) -> str:
         words += ["--tune", "--grid", ",".join(f"{rate:g}" for rate in tuning.plan.grid)]
         words += ["--tuning-seed", str(tuning.plan.seed)]
         words += ["--tuning-rounds", str(tuning.plan.rounds)] if tuning.plan.rounds else []
-    for key, value in comparison.overrides.items():
-        words += ["-o", f"{key}={value}"]
-    return shlex.join(words)
+    return shlex.join([*words, *public_options(comparison.overrides)])
 
 
 _COST_NOTE = (
@@ -164,14 +162,14 @@ def ablation_section(compared: Compared, level: str = "##") -> list[str]:
         return []
     counted = sum(test.p is not None for test in tests)
     said = (
-        f"{_name(comparison)} minus each of its ablations, in points, all sizes together; positive: the part that the "
-        "ablation lacks helps. Holm's correction is over these "
-        f"{counted} tests (sizes included) alone, and ablations take no part in the ranking above."
+        f"{_name(comparison)} minus each of its variants, in points, all sizes together; positive: "
+        f"{_name(comparison)} as configured is better than the variant. Holm's correction is over these "
+        f"{counted} tests (sizes included) alone, and variants take no part in the ranking above."
     )
     own = results.only([comparison.reference, *(test.method for test in tests)])
     accuracies = "\n\n".join(_titled(tables.accuracy_tables(own, comparison.reference)))
     folded = f"<details><summary>Their accuracy</summary>\n\n{accuracies}\n\n</details>"
-    table = tables.markdown(tables.overall_table(tests, "Without it"))
+    table = tables.markdown(tables.overall_table(tests, "Variant"))
     note = [] if compared.against else [_note(compared)]
     return [f"{level} What each part contributes", said, *note, table, folded]
 
@@ -233,21 +231,39 @@ def _tuning(tuning: Tuning | None) -> list[str]:
     return [said, tables.markdown(tables.tuning_table(tuning))]
 
 
-def _accuracy_note(comparison: Comparison, results: Results) -> str:
-    config = comparison.config(comparison.reference, comparison.seeds[0], comparison.out)
+def _note_on_accuracy(comparison: Comparison, results: Results) -> str:
+    evaluation = comparison.config(comparison.reference, comparison.seeds[0], comparison.out).evaluation
     several = len(results.seeds) > 1
-    over = "mean and standard deviation over seeds" if several else f"seed {results.seeds[0]} alone"
+    over = "mean ± standard deviation over seeds" if several else f"seed {results.seeds[0]} alone"
+    prior = (
+        "Every method's logits get the client's log class prior with strength "
+        f"{evaluation.local_prior_strength:g} (Local, Unseen) and {evaluation.union_prior_strength:g} (Union)."
+    )
+    return accuracy_note(over, prior, results.methods)
+
+
+def accuracy_note(over: str, prior: str, methods: Iterable[str]) -> str:
+    """How to read the accuracy tables.
+
+    Args:
+        over: what is shown of the seeds.
+        prior: a sentence about the class prior that is added to the logits.
+        methods: those in the tables.
+    """
+    shown = list(methods)
     parts = [
-        f"Mean over clients at the last round; {over}. The column Mean is over all clients. Local: training clients "
-        "on their own test images. Union: the same on all clients' test images. Unseen: clients that never trained, on "
-        "their own test images. Every method's logits get the client's log class prior with strength "
-        f"{config.evaluation.local_prior_strength:g} (Local, Unseen) and "
-        f"{config.evaluation.union_prior_strength:g} (Union).",
-        "Bold: the best of the methods that keep to the budget." if len(results.methods) > 1 else "",
+        f"Mean over clients at the last round; {over}. The column Mean is over all clients; columns of different "
+        "sizes are different clients. Local: training clients on their own test images. Union: the same on all "
+        f"clients' test images. Unseen: clients that never trained, on their own test images. {prior}"
     ]
-    if any(METHODS[name].ignores_budget for name in results.methods):
+    if len(shown) > 1:
+        parts.append("Bold: the best of the methods that keep to the budget, the reference's variants aside.")
+    if any(METHODS[name].ignores_budget for name in shown):
         parts.append(f"{tables.IGNORES_BUDGET}: ignores budgets; every client holds the full model whatever its size.")
-    return " ".join(part for part in parts if part)
+    without = list(dict.fromkeys(METHODS[name].title for name in shown if not METHODS[name].serves_unseen))
+    if without:
+        parts.append(f"No Unseen for {', '.join(without)}: it has no model for a client that never trained.")
+    return " ".join(parts)
 
 
 def test_note(corrected: str) -> str:

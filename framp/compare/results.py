@@ -1,7 +1,7 @@
 """What the finished runs of a comparison say, read from their folders alone."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -9,8 +9,11 @@ import numpy as np
 
 from framp.compare.plan import PlannedRun
 from framp_core.errors import RunFolderError
+from framp_core.methods import METHODS
 from framp_core.metrics import MEAN, ClientAccuracy, Column, PriorCurve, by_capacity, summarise
 from framp_core.run_folder import ENVIRONMENT, MANIFEST, MASKS, PRIOR_CURVE, SUMMARY, RunFolder
+
+UNSEEN: Column = "unseen"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,17 @@ class RunResult:
             prototypes=folder.prototypes(),
         )
 
+    def as_served(self) -> Self:
+        """The same without the column "unseen" if the method has no model for a client that never trained."""
+        if METHODS[self.method].serves_unseen:
+            return self
+        rows = [{**row, **{key: None for key in row if key.startswith(UNSEEN)}} for row in self.summary["rows"]]
+        priors = self.priors and replace(
+            self.priors, clients=tuple(row for row in self.priors.clients if row.column != UNSEEN)
+        )
+        kept = tuple(row for row in self.rows if row.column != UNSEEN)
+        return replace(self, summary={**self.summary, "rows": rows}, rows=kept, priors=priors)
+
     def row(self, capacity: str) -> dict[str, Any] | None:
         """The row of the results table for a size, or for ``"mean"``."""
         return next((row for row in self.summary["rows"] if row["capacity"] == capacity), None)
@@ -100,7 +114,7 @@ class Results:
         Raises:
             RunFolderError: none is finished, the runs of a seed do not have the same partition, or a file is damaged.
         """
-        runs = tuple(RunResult.read(run) for run in planned if run.is_finished())
+        runs = tuple(RunResult.read(run).as_served() for run in planned if run.is_finished())
         if not runs:
             raise RunFolderError("no run of this comparison is finished, so there is nothing to compare")
         for seed in {run.seed for run in runs}:
@@ -144,8 +158,17 @@ class Results:
 
     def over_seeds(self, method: str, key: str, capacity: str) -> list[float]:
         """One number of the results table for each seed of a method, where it is known."""
-        rows = [run.row(capacity) for run in self.of(method)]
-        return [float(row[key]) for row in rows if row is not None and row[key] is not None]
+        return list(self._by_seed(method, key, capacity).values())
+
+    def on_common_seeds(self, methods: Sequence[str], key: str, capacity: str) -> list[list[float]]:
+        """One number of the results table by method and seed, for the seeds in which all of the methods have it."""
+        found = [self._by_seed(name, key, capacity) for name in methods]
+        common = [seed for seed in self.seeds if all(seed in each for each in found)]
+        return [[each[seed] for seed in common] for each in found]
+
+    def _by_seed(self, method: str, key: str, capacity: str) -> dict[int, float]:
+        rows = [(run.seed, run.row(capacity)) for run in self.of(method)]
+        return {seed: float(row[key]) for seed, row in rows if row is not None and row[key] is not None}
 
     @cached_property
     def strengths(self) -> list[float]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from framp.compare.plan import PlannedRun, usable_workers
+from framp_core.errors import ConfigError, RunFolderError
 from framp_core.report.tables import human_seconds
 from framp_core.run_folder import EVENTS
 
@@ -31,7 +32,7 @@ class Failure:
         run: its name.
         status: exit status of its process.
         log: file of all that it printed.
-        tail: the end of that.
+        tail: the end of that, or what is wrong with the run's folder.
     """
 
     run: str
@@ -106,9 +107,12 @@ def _outcome(ended: _Running) -> Failure | None:
     """A run has succeeded when its process says so and its folder holds what was asked for."""
     ended.log.close()
     status = ended.process.returncode
-    if status == 0 and ended.run.is_finished():
-        return None
     log = _log_of(ended.run)
+    try:
+        if status == 0 and ended.run.is_finished():
+            return None
+    except (ConfigError, RunFolderError) as error:
+        return Failure(ended.run.name, status, log, str(error))
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return Failure(ended.run.name, status, log, "\n".join(lines[-_LOG_LINES:]))
 

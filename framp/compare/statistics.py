@@ -57,7 +57,7 @@ class PairedTest:
 
     @property
     def over_seeds(self) -> "SeedTest | None":
-        """The same difference tested over seeds; None for one seed."""
+        """The same difference tested over seeds; None for one seed, or if all differ by the same."""
         return SeedTest.of(self.by_seed)
 
     @property
@@ -73,22 +73,24 @@ class SeedTest:
     Attributes:
         low: lower end of the 95 % t interval of the mean over seeds.
         high: upper end.
-        p: two-sided p, not corrected; None if all seeds differ by the same.
+        p: two-sided p, not corrected.
     """
 
     low: float
     high: float
-    p: float | None
+    p: float
 
     @classmethod
     def of(cls, differences: Sequence[float]) -> "SeedTest | None":
-        """The interval ``mean ± t(0.975, n - 1) * s / sqrt(n)`` and the p of n differences; None if n < 2."""
+        """The interval ``mean ± t(0.975, n - 1) * s / sqrt(n)`` and the p of n differences.
+
+        None if n < 2, or if all are the same: an interval without width would read as certainty.
+        """
         values, count = np.array(differences), len(differences)
-        if count < 2:
+        if count < 2 or np.ptp(values) <= 1e-12:
             return None
         half = float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count))
-        varies = np.ptp(values) > 1e-12
-        p = float(ttest_1samp(values, 0.0).pvalue) if varies else None
+        p = float(ttest_1samp(values, 0.0).pvalue)
         return cls(float(values.mean()) - half, float(values.mean()) + half, p)
 
 

@@ -204,7 +204,7 @@ def contribution_table(tests: Sequence[PairedTest]) -> Table:
         (Cell(title(name)), *(cell(found.get((name, column))) for column in columns))
         for name in dict.fromkeys(test.method for test in tests)
     )
-    return Table(("Without it", *(POPULATIONS[column][0] for column in columns)), rows)
+    return Table(("Variant", *(POPULATIONS[column][0] for column in columns)), rows)
 
 
 def method_table(results: Results, tuning: Tuning | None) -> Table:
@@ -273,11 +273,20 @@ def _accuracy_table(results: Results, reference: str, column: Column) -> Titled:
     within = [name for name in own if not METHODS[name].ignores_budget]
     best = set()
     for place, each in enumerate(sizes, start=1):
-        shown = {name: percent(fmean(over)) for name in within if (over := values[name, each])}
-        highest = max(shown.values(), key=float, default=None)
-        best |= {(results.methods.index(name), place) for name, text in shown.items() if text == highest}
+        measured = [name for name in within if values[name, each]]
+        beaten = {
+            name for name in measured for other in measured if (found := shown_pair(results, name, other, column, each))
+            and found[0] < found[1]
+        }  # fmt: skip
+        best |= {(results.methods.index(name), place) for name in measured if name not in beaten}
     table = _by_size(results, sizes, lambda name, each: over_seeds(values[name, each]))
     return Titled(f"{POPULATIONS[column][0]} accuracy, %", table, frozenset(best) if len(within) > 1 else frozenset())
+
+
+def shown_pair(results: Results, one: str, other: str, column: Column, capacity: str) -> tuple[float, float] | None:
+    """The percentages of two methods, as they are shown, over the seeds that both have; None without one."""
+    ours, theirs = results.on_common_seeds((one, other), column, capacity)
+    return (float(percent(fmean(ours))), float(percent(fmean(theirs)))) if ours else None
 
 
 def over_seeds(accuracies: Sequence[float]) -> Cell:

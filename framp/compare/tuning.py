@@ -1,5 +1,6 @@
 """The learning rate of every method, from one grid, by validation accuracy on a seed that no test uses."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,6 +14,7 @@ from framp_core.metrics import MEAN
 from framp_core.run_folder import SUMMARY, RunFolder
 
 FOLDER = "tuning"
+RATE = "-rate"
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class TuningPlan:
             rounds: of each tuning run; 0: as many as the comparison's.
 
         Raises:
-            ConfigError: the seed is one of the comparison's, the grid is empty or names a rate twice, an override
-                sets the learning rate, or the clients have no validation data.
+            ConfigError: the seed is one of the comparison's, the grid is empty, names a rate twice or one that is not
+                finite and above 0, an override sets the learning rate, the clients have no validation data, or the
+                settings of a tuning run are invalid.
         """
         rates = tuple(sorted(grid))
         seed = max(comparison.seeds) + 1000 if seed is None else seed
         if not rates or len(set(rates)) < len(rates):
             raise ConfigError(f"--grid {','.join(f'{rate:g}' for rate in rates)!r}: give one or more rates, each once")
+        if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise ConfigError(f"--grid {','.join(f'{rate:g}' for rate in rates)!r}: a rate is finite and above 0")
         if seed in comparison.seeds:
             raise ConfigError(f"--tuning-seed {seed} is also a test seed; tuning on it would choose by the test")
         if LEARNING_RATE in {key.replace("_", "-") for key in comparison.overrides}:
@@ -54,7 +59,21 @@ class TuningPlan:
         fraction = comparison.config(comparison.methods[0], seed, comparison.out).partition.validation_fraction
         if fraction == 0:
             raise ConfigError("--tune needs validation data: partition.validation-fraction is 0; set it, to 0.1 say")
-        return cls(seed, rates, rounds)
+        plan = cls(seed, rates, rounds)
+        plan.runs(comparison)
+        return plan
+
+    def runs(self, comparison: Comparison) -> dict[tuple[str, float], PlannedRun]:
+        """The tuning runs by method and rate, all methods with a rate before the next one.
+
+        Raises:
+            ConfigError: the settings of one are invalid.
+        """
+        return {
+            (method, rate): _planned(comparison, method, rate, self)
+            for rate in self.grid
+            for method in comparison.tuned
+        }
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,10 @@ class Tuning:
             if known:
                 best[method] = -max(known)[1]
         return best
+
+    def missed(self, failures: Sequence[Failure]) -> list[Failure]:
+        """Those of the failed tuning runs whose method has no rate at all."""
+        return [failure for failure in failures if failure.run.rpartition(RATE)[0] not in self.chosen]
 
     def rates(self, comparison: Comparison) -> dict[str, float]:
         """Learning rate of each method of a comparison that has one, ablations included."""
@@ -118,16 +141,16 @@ def tune(comparison: Comparison, plan: TuningPlan, workers: int | None, console:
     Raises:
         RunFolderError: see :func:`framp.compare.runner.execute`.
     """
-    keys = [(method, rate) for rate in plan.grid for method in comparison.tuned]
-    runs = {(method, rate): _planned(comparison, method, rate, plan) for method, rate in keys}
+    runs = plan.runs(comparison)
     failures = execute(list(runs.values()), workers, console, "tuning")
-    scores = {key: _validation(run) for key, run in runs.items()}
+    failed = {failure.run for failure in failures}
+    scores = {key: None if run.name in failed else _validation(run) for key, run in runs.items()}
     validation = {method: tuple(scores[method, rate] for rate in plan.grid) for method in comparison.tuned}
     return Tuning(plan, validation, tuple(failures))
 
 
 def _planned(comparison: Comparison, method: str, rate: float, plan: TuningPlan) -> PlannedRun:
-    folder = comparison.out / FOLDER / f"{method}-rate{rate:g}"
+    folder = comparison.out / FOLDER / f"{method}{RATE}{rate:g}"
     config = comparison.config(method, plan.seed, folder, rate)
     return PlannedRun(method, config.model_copy(update={"rounds": plan.rounds or config.rounds}))
 

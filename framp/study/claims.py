@@ -6,9 +6,9 @@ from statistics import fmean
 
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS
+from framp.compare.tables import shown_pair
 from framp_core.methods import METHODS, STRONG, is_ablation
 from framp_core.metrics import MEAN, Column
-from framp_core.report.tables import percent
 
 FULL_SIZE = "fedavg"
 
@@ -41,7 +41,9 @@ def strengthened(results: Results, reference: str) -> list[str]:
 
 
 def cells(results: Results, reference: str, rivals: Sequence[str]) -> list[CellOf]:
-    """Every column and size in which reference and rivals were measured, mean over seeds, to one decimal.
+    """Every column and size in which reference and rivals were measured, to one decimal.
+
+    Two methods are compared by their means over the seeds that both have.
 
     Args:
         results: the finished runs.
@@ -51,11 +53,11 @@ def cells(results: Results, reference: str, rivals: Sequence[str]) -> list[CellO
     found = []
     for column in COLUMNS:
         for capacity in results.capacities:
-            own = _shown(results, reference, column, capacity)
-            others = {name: shown for name in rivals if (shown := _shown(results, name, column, capacity)) is not None}
-            if own is not None and others:
-                best = max(others, key=others.__getitem__)
-                found.append(CellOf(column, capacity, best, round(others[best] - own, 1)))
+            pairs = {name: shown_pair(results, reference, name, column, capacity) for name in rivals}
+            behind = {name: round(pair[1] - pair[0], 1) for name, pair in pairs.items() if pair}
+            if behind:
+                best = max(behind, key=behind.__getitem__)
+                found.append(CellOf(column, capacity, best, behind[best]))
     return found
 
 
@@ -65,7 +67,7 @@ class SmallAgainstFull:
 
     Attributes:
         capacity: the smallest size.
-        reference: mean over its clients and over seeds.
+        reference: mean over its clients and over the seeds that both have.
         full: FedAvg's on the same clients.
         full_overall: FedAvg's over all clients.
     """
@@ -84,9 +86,9 @@ class SmallAgainstFull:
     def of(cls, results: Results, reference: str) -> "SmallAgainstFull | None":
         """None without FedAvg or without Local results."""
         capacity = results.capacities[0]
-        places = ((reference, capacity), (FULL_SIZE, capacity), (FULL_SIZE, MEAN))
-        values = [results.over_seeds(name, "local", size) for name, size in places]
-        return cls(capacity, *map(fmean, values)) if all(values) else None
+        own, full = results.on_common_seeds((reference, FULL_SIZE), "local", capacity)
+        _, overall = results.on_common_seeds((reference, FULL_SIZE), "local", MEAN)
+        return cls(capacity, fmean(own), fmean(full), fmean(overall)) if own and overall else None
 
 
 def _rivals(results: Results, reference: str) -> list[str]:
@@ -95,8 +97,3 @@ def _rivals(results: Results, reference: str) -> list[str]:
         for name in results.methods
         if name != reference and not is_ablation(name, reference) and not METHODS[name].ignores_budget
     ]
-
-
-def _shown(results: Results, method: str, column: Column, capacity: str) -> float | None:
-    values = results.over_seeds(method, column, capacity)
-    return float(percent(fmean(values))) if values else None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from framp.compare.plan import LEARNING_RATE, PLACES, Comparison, find_preset
+from framp.compare.plan import LEARNING_RATE, Comparison, find_preset, public_options, public_path
 from framp.compare.tuning import TuningPlan
 from framp_core.config_values import Scalar, flatten
 from framp_core.errors import ConfigError
@@ -193,10 +193,7 @@ def _check_tuned(comparison: Comparison, tuned_in: str, before: Mapping[str, Pla
 
 
 def _command(path: Path, overrides: Mapping[str, Scalar]) -> str:
-    words = ["framp", "study", f"studies/{path.name}"]
-    for key, value in overrides.items():
-        words += ["-o", f"{key}={'DIR' if key in PLACES else value}"]
-    return shlex.join(words)
+    return shlex.join(["framp", "study", public_path(path), *public_options(overrides)])
 
 
 def _explain(item: Mapping[str, Any]) -> str:

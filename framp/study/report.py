@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from framp.compare import tables
-from framp.compare.report import Compared, ablation_section, content, mean_over_seeds, sentence, test_note, write
+from framp.compare.report import (
+    Compared,
+    ablation_section,
+    accuracy_note,
+    content,
+    mean_over_seeds,
+    sentence,
+    test_note,
+    write,
+)
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS
 from framp.study.claims import SmallAgainstFull, cells, published, strengthened
@@ -59,7 +68,8 @@ def write_study(study: Study, parts: Sequence[Part]) -> Path:
     done = {part.setting.name for part in parts}
     page = [
         f"# {study.title}", *([study.text.strip()] if study.text else []), f"```bash\n{study.command}\n```",
-        *(f"> Setting {each.name} has no finished run." for each in study.settings if each.name not in done),
+        *(f"> Setting {each.name} is missing: it failed, or it is not done yet."
+          for each in study.settings if each.name not in done),
         "## Overview", *_overview(parts),
         *(text for part in parts for text in _section(part)),
         *_reading(parts),
@@ -214,8 +224,33 @@ def _small(part: Part) -> list[str]:
 
 
 def _reading(parts: Sequence[Part]) -> list[str]:
+    """What every table of the page means, once."""
+    if not parts:
+        return []
+    methods = dict.fromkeys(name for part in parts for name in part.results.methods)
     tested = any(part.compared.against for part in parts)
-    return ["## Reading the tests", test_note("all tests of a setting against other methods")] if tested else []
+    return [
+        "## Reading this page",
+        accuracy_note("mean ± standard deviation over seeds", _prior(parts), methods),
+        *([test_note("all tests of a setting against other methods")] if tested else []),
+    ]
+
+
+def _prior(parts: Sequence[Part]) -> str:
+    """Which logits get the client's class prior, with the settings in which that is not as usual."""
+    local, union = [], []
+    for part in parts:
+        comparison = part.setting.comparison
+        evaluation = comparison.config(part.reference, comparison.seeds[0], comparison.out).evaluation
+        if evaluation.local_prior_strength != 1:
+            local.append(f"{evaluation.local_prior_strength:g} in {part.setting.title}")
+        if evaluation.union_prior_strength != 0:
+            union.append(f"{evaluation.union_prior_strength:g} in {part.setting.title}")
+    return (
+        "Local and Unseen: the client's log class prior is added to every method's logits, with strength "
+        f"{'; '.join(['1', *local])} (`evaluation.local-prior-strength`). Union: no prior"
+        f"{'; strength ' + '; '.join(union) if union else ''}."
+    )
 
 
 def _content(study: Study, parts: Sequence[Part]) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Ablations apart from other methods, and tests over seeds beside those over clients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy import stats
 
 from framp.compare import statistics, tables
-from framp.compare.results import Results
+from framp.compare.results import Results, RunResult
 from framp.compare.statistics import SeedTest
 from framp_core.methods import METHODS, is_ablation, settings_of
-from framp_core.metrics import MEAN, PriorCounts, PriorCurve
-from tests.framp.test_compare import result
+from framp_core.metrics import MEAN, ClientAccuracy, PriorCounts, PriorCurve
+from tests.framp.test_compare_statistics import result
 
 BASES = {("framp", 0): 60, ("framp", 1): 64, ("fedavg", 0): 50, ("fedavg", 1): 60, ("fiarse", 0): 40, ("fiarse", 1): 42}
 ABLATED = {("framp-shared", 0): 70, ("framp-shared", 1): 71, ("framp-dense", 0): 59, ("framp-dense", 1): 61}
@@ -34,6 +35,28 @@ def test_a_method_lies_under_the_overrides_and_names_its_strategy() -> None:
     assert laid == expected
 
 
+def test_local_only_has_no_unseen() -> None:
+    def run(method: str) -> RunResult:
+        made = result(method, 0, {"local": 50, "union": 40})
+        seen = ClientAccuracy("client-0009", "unseen", "1", 1, "local", "before", 10, 100)
+        table = [{**row, "unseen": 0.1, "unseen_clients": 1} for row in made.summary["rows"]]
+        priors = PriorCurve((0.0,), (PriorCounts("client-0009", "unseen", "1", "local", (1,), 10),))
+        return replace(
+            made, summary={**made.summary, "rows": table}, rows=(*made.rows, seen), priors=priors
+        ).as_served()
+
+    names = ("framp", "fedavg", "local")
+    results = Results(names, (0,), tuple(map(run, names)))
+    *_, unseen = tables.accuracy_tables(results, "framp")
+    assert {row[0].text: row[-1].text for row in unseen.table.rows}["Local only"] == tables.MISSING
+    assert results.over_seeds("local", "local", MEAN) == results.over_seeds("framp", "local", MEAN)
+    assert results.at_strength("framp", "unseen", MEAN, 0.0) == [0.1]
+    assert results.at_strength("local", "unseen", MEAN, 0.0) == []
+    tested = {(test.method, test.column) for test in statistics.compare(results, "framp")}
+    assert ("fedavg", "unseen") in tested
+    assert ("local", "unseen") not in tested
+
+
 def test_ablations_and_methods_are_corrected_apart() -> None:
     together = statistics.compare(results_of({**BASES, **ABLATED}), "framp")
     apart = statistics.compare(results_of(BASES), "framp")
@@ -55,9 +78,9 @@ def test_the_interval_over_seeds_by_hand() -> None:
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1])
-def test_seeds_without_variation_have_an_interval_and_no_p(level: float) -> None:
+def test_seeds_without_variation_have_no_interval_and_no_p(level: float) -> None:
     assert SeedTest.of((level,)) is None
-    assert SeedTest.of((level, level)) == SeedTest(level, level, None)
+    assert SeedTest.of((level, level)) is None
 
 
 def test_ablations_never_stand_out_and_have_a_table_of_their_own() -> None:
@@ -66,10 +89,10 @@ def test_ablations_never_stand_out_and_have_a_table_of_their_own() -> None:
     assert {row for row, _ in local.best} == {0}  # framp-shared is higher, and full-size FedAvg does not count
     ablations = [test for test in statistics.compare(results, "framp") if test.ablation]
     table = tables.contribution_table(ablations)
-    assert table.headings == ("Without it", "Local", "Union")
+    assert table.headings == ("Variant", "Local", "Union")
     # 60 - 70 and 64 - 71 in the two seeds.
     assert [row[1].text for row in table.rows] == ["−8.5", "+2.0"]
-    first = tables.overall_table(ablations, "Without it").rows[0]
+    first = tables.overall_table(ablations, "Variant").rows[0]
     assert [cell.text for cell in first[:3]] == [METHODS["framp-shared"].title, "Local", "−8.5"]
     assert first[5].text == "−10.0, −7.0"
 

@@ -14,22 +14,20 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
-from scipy import stats
 from typer.testing import CliRunner
 
 from framp import cli
-from framp.compare import harness, runner, statistics, tables
-from framp.compare.plan import Comparison, PlannedRun, differences, find_preset
+from framp.compare import harness, runner
+from framp.compare.plan import Comparison, PlannedRun, differences, find_preset, public_options, public_path
 from framp.compare.results import Results, RunResult
 from framp.compare.tuning import Tuning, TuningPlan
 from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
 from framp_core.methods import METHODS
-from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Population, summarise
+from framp_core.metrics import MEAN
 from tests.conftest import TINY
+from tests.framp.test_compare_statistics import result
 
 SHORT: dict[str, Scalar] = {
     **TINY,
@@ -125,6 +123,27 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], words: str, tmp_
         dataclasses.replace(comparison(tmp_path / "out"), **change)
 
 
+def test_a_preset_of_another_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'fiarse-cifar10' has method = 'fiarse'"):
+        Comparison(find_preset("fiarse-cifar10"), {}, ("framp",), (0,), tmp_path)
+
+
+def test_two_names_for_the_same_settings_are_refused(tmp_path: Path) -> None:
+    asked = comparison(tmp_path / "out", overrides={"generator.name": "modulated"})
+    with pytest.raises(ConfigError, match="framp and framp-shared have the same settings"):
+        asked.runs()
+
+
+def test_commands_name_no_place_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        public_path(Path("studies/mine.toml")) == public_path(tmp_path / "studies" / "mine.toml") == "studies/mine.toml"
+    )
+    assert public_path(tmp_path.parent / "mine.toml") == "mine.toml"
+    given: dict[str, Scalar] = {"data.root": "/images", "data_cache": "/cache", "rounds": 3}
+    assert public_options(given) == ["-o", "data.root=DIR", "-o", "data_cache=DIR", "-o", "rounds=3"]
+
+
 def test_presets_are_found_by_name() -> None:
     assert find_preset("digits") is None
     found = find_preset("cifar10-small")
@@ -193,6 +212,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert (run.folder / "thesis.tex").exists()
 
 
+def test_a_folder_that_is_not_the_run_in_the_end_fails_that_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = comparison(tmp_path / "out", seeds=(0,)).runs()
+
+    def process(command: list[str], **_: object) -> subprocess.Popen[bytes]:
+        if command[-1] == str(bad.folder):
+            bad.folder.mkdir()
+            (bad.folder / "thesis.tex").touch()
+        else:
+            finish_at_once(good)
+        return real([sys.executable, "-c", ""])
+
+    real = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", process)
+    (failure,) = runner.execute([bad, good], 1, quiet())
+    assert (failure.run, failure.status) == (bad.name, 0)
+    assert "not a run folder" in failure.tail
+
+
 def test_differences_leave_out_what_cannot_change_numbers(tmp_path: Path) -> None:
     here, there = comparison(tmp_path / "a").runs()[0].config, comparison(tmp_path / "b").runs()[0].config
     assert here != there
@@ -216,6 +255,8 @@ def test_the_best_validation_accuracy_chooses_the_smaller_of_equal_rates() -> No
     tuning = Tuning(plan, scores, ())
     assert tuning.chosen == {"framp": 0.1, "fedavg": 0.3}
     assert tuning.at_edge() == ["fedavg"]
+    failures = [runner.Failure(f"{name}-rate0.03", 1, Path("log"), "") for name in ("fedavg", "local")]
+    assert tuning.missed(failures) == failures[1:], "a method with another rate has not failed"
 
 
 def test_tuning_uses_its_own_seed_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +286,9 @@ def test_tuning_uses_its_own_seed_and_resumes(tmp_path: Path, monkeypatch: pytes
         ({}, (0.1,), 1, "also a test seed"),
         ({}, (), None, "--grid"),
         ({}, (0.1, 0.1), None, "each once"),
+        ({}, (0.1, 0.0), None, "finite and above 0"),
+        ({}, (0.1, float("nan")), None, "finite and above 0"),
+        ({"capacity.sizes": "2"}, (0.1,), None, "outside"),
         ({"local.learning_rate": 0.1}, (0.1,), None, "use one of the two"),
         ({"partition.validation-fraction": 0}, (0.1,), None, "validation-fraction is 0"),
     ],
@@ -256,146 +300,7 @@ def test_tuning_that_makes_no_sense_is_refused(
         TuningPlan.of(comparison(tmp_path / "out", overrides=overrides), grid, seed)
 
 
-# Statistics
-
-
-def test_holm_by_hand() -> None:
-    # Ascending 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, and no less than those before.
-    assert statistics.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert statistics.holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_lies_between_no_correction_and_bonferroni(p_values: list[float]) -> None:
-    corrected = statistics.holm(p_values)
-    for raw, own in zip(p_values, corrected, strict=True):
-        assert raw <= own <= min(1.0, len(p_values) * raw)
-    assert corrected[int(np.argmin(p_values))] == min(1.0, len(p_values) * min(p_values))
-
-
-def test_signed_rank_p_against_all_signs_by_hand() -> None:
-    differences = np.array([0.01, 0.02, -0.03, 0.04, 0.05, 0.06, 0.07])
-    ranks = np.arange(1, 8)
-    observed = ranks[differences > 0].sum()
-    sums = np.array([ranks[np.array(signs)].sum() for signs in itertools.product([False, True], repeat=7)])
-    by_hand = np.mean(np.abs(sums - 14) >= abs(observed - 14))
-    assert statistics.signed_rank_p(differences) == pytest.approx(by_hand)
-    assert statistics.signed_rank_p(differences) == pytest.approx(stats.wilcoxon(differences).pvalue)
-
-
-def test_signed_rank_p_does_not_see_rounding() -> None:
-    assert statistics.signed_rank_p(np.zeros(9)) == 1.0
-    assert statistics.signed_rank_p(np.full(9, 0.1 + 0.2 - 0.3)) == 1.0
-    assert statistics.signed_rank_p(np.full(9, 0.01)) < 0.05
-
-
-def test_bootstrap_interval_degenerates_and_covers() -> None:
-    rng = np.random.default_rng(0)
-    assert statistics.bootstrap_interval(np.full(5, 0.25), rng) == (0.25, 0.25)
-    values = rng.normal(0.1, 0.2, size=200)
-    low, high = statistics.bootstrap_interval(values, rng)
-    standard_error = values.std() / np.sqrt(200)
-    assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.1 * standard_error)
-    assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.1 * standard_error)
-
-
-def result(method: str, seed: int, correct: dict[str, int], missing: str = "") -> RunResult:
-    """A run of eight training clients in two sizes: ``correct`` of 100 images on Local, 50 on Union."""
-    populations: tuple[Population, ...] = ("local", "union")
-    rows = tuple(
-        ClientAccuracy(f"client-{i:04d}", "train", size, 1, population, "before", correct[population] + i, 100)
-        for i, size in enumerate(["1/4"] * 4 + ["1"] * 4)
-        for population in populations
-        if f"client-{i:04d}" != missing
-    )
-    table = [
-        {"capacity": each.capacity, "bytes_down": 10.0, "bytes_up": None, "parameters_held": 7}
-        | {column: spread.mean if (spread := each.column(column)) else None for column in COLUMNS}
-        for each in summarise(rows)
-    ]
-    summary = {"rows": table, "evaluated_round": 1, "seconds": 1.0, "refused": 0}
-    return RunResult(method, seed, 0.1, summary, rows, None, "digest", "code")
-
-
-def test_pairs_are_clients_of_a_seed() -> None:
-    runs = (
-        result("framp", 0, {"local": 60, "union": 50}),
-        result("fedavg", 0, {"local": 50, "union": 50}),
-        result("framp", 1, {"local": 64, "union": 50}),
-        result("fedavg", 1, {"local": 60, "union": 50}, missing="client-0003"),
-    )
-    results = Results(("framp", "fedavg"), (0, 1), runs)
-    tests = {(test.column, test.capacity): test for test in statistics.compare(results, "framp")}
-    assert set(tests) == set(itertools.product(("local", "union"), ("1/4", "1", MEAN)))
-    overall = tests["local", MEAN]
-    # Eight pairs of +10 in seed 0, seven of +4 in seed 1.
-    assert overall.pairs == 15
-    assert overall.difference == pytest.approx((8 * 0.10 + 7 * 0.04) / 15)
-    assert overall.by_seed == pytest.approx((0.10, 0.04))
-    assert overall.low < overall.difference < overall.high
-    expected = stats.wilcoxon([10] * 8 + [4] * 7).pvalue
-    assert overall.p == pytest.approx(expected)
-    assert overall.p_holm == pytest.approx(min(1.0, expected * 6))  # the smallest of six p-values
-    assert overall.significant
-    assert tests["local", "1/4"].pairs == 7
-    level = tests["union", MEAN]
-    assert (level.difference, level.low, level.high, level.p, level.significant) == (0.0, 0.0, 0.0, 1.0, False)
-
-
-def test_too_few_pairs_are_not_tested_and_do_not_count() -> None:
-    runs = tuple(result(name, 0, {"local": base, "union": base}) for name, base in (("framp", 60), ("fedavg", 50)))
-    tests = statistics.compare(Results(("framp", "fedavg"), (0,), runs), "framp")
-    assert [test.p for test in tests if test.pairs == 4] == [None] * 4
-    local, union = (test for test in tests if test.capacity == MEAN)
-    assert local.p == pytest.approx(2 / 2**8)
-    assert local.p_holm == pytest.approx(2 * 2 / 2**8)  # two tests, not six
-    assert union.p_holm == pytest.approx(2 * 2 / 2**8)
-
-
-def test_the_order_of_methods_turns_the_sign() -> None:
-    runs = tuple(result(name, 0, {"local": base, "union": base}) for name, base in (("framp", 60), ("fedavg", 50)))
-    results = Results(("framp", "fedavg"), (0,), runs)
-    forth, back = (statistics.compare(results, name)[0] for name in ("framp", "fedavg"))
-    assert forth.difference == pytest.approx(-back.difference)
-    assert forth.p == back.p
-
-
-# Tables
-
-
-def test_tables_show_mean_and_deviation_over_seeds_and_the_best_within_budget() -> None:
-    bases = {("framp", 0): 50, ("framp", 1): 54, ("fedavg", 0): 80, ("fedavg", 1): 80}
-    bases |= {("local", 0): 40, ("local", 1): 40}
-    runs = tuple(result(name, seed, {"local": base, "union": base}) for (name, seed), base in bases.items())
-    results = Results(("framp", "fedavg", "local"), (0, 1), runs)
-    local, union = tables.accuracy_tables(results, "framp")
-    assert local.table.headings == ("Method", "1/4", "1", "Mean")
-    # Clients of 1/4 have 0, 1, 2, 3 more than the base, so 51.5 and 55.5 in the two seeds; their deviation is sqrt(8).
-    assert local.table.rows[0][1] == tables.Cell("53.5", "±2.8")
-    assert local.table.rows[1][0] == tables.Cell("FedAvg (full size) †")
-    assert local.best == {(0, 1), (0, 2), (0, 3)}
-    assert union.title.startswith("Union")
-    text = tables.markdown(local.table, local.best)
-    assert "| FRAMP | **53.5 ±2.8** | **57.5 ±2.8** | **55.5 ±2.8** |" in text
-    alone = Results(("framp",), (0,), runs[:1])
-    assert tables.accuracy_tables(alone, "framp")[0].table.rows[0][1] == tables.Cell("51.5")
-
-
-def test_a_terminal_table_loses_no_number_where_it_is_too_narrow() -> None:
-    row = (tables.Cell("a method with a long name"), tables.Cell("12.3", "±4.5"))
-    console = Console(file=StringIO(), width=20)
-    console.print(tables.Uncut(tables.Titled("T", tables.Table(("Method", "1/64"), (row,)))), crop=False)
-    written = console.file
-    assert isinstance(written, StringIO)
-    assert "a method with a long name  12.3 ±4.5" in written.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("fraction", "text"), [(0.1234, "+12.3"), (-0.05, "−5.0"), (-0.0001, "0.0"), (0.0, "0.0"), (0.0001, "0.0")]
-)
-def test_differences_carry_their_sign(fraction: float, text: str) -> None:
-    assert tables.points(fraction) == text
+# Results
 
 
 def test_different_partitions_of_one_seed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +329,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, str]:
 
 def test_a_comparison_prints_tables_and_tests(real: tuple[Comparison, str]) -> None:
     _, output = real
-    for words in ("[4/4]", "Local accuracy, %", "Unseen accuracy, %", "FRAMP, no hypernetwork", "Parameters held"):
+    for words in ("[4/4]", "Local accuracy, %", "Unseen accuracy, %", "FRAMP, shared model alone", "Parameters held"):
         assert words in output
     assert "Clients of one seed share a server" in " ".join(output.split())
 

@@ -10,16 +10,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from framp import cli
-from framp.compare import runner
+from framp.compare import runner, tables
+from framp.compare.report import Compared
 from framp.compare.results import Results
 from framp.compare.tuning import Tuning, TuningPlan
-from framp.study import harness
+from framp.study import harness, report
 from framp.study.claims import CellOf, SmallAgainstFull, cells, published, strengthened
 from framp.study.plan import read_study
+from framp.study.report import Part
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
-from tests.framp.test_compare import result
+from tests.framp.test_compare_statistics import result
 
 SMOKE = Path(__file__).parents[2] / "studies" / "smoke.toml"
 STUDY = """
@@ -72,7 +74,7 @@ def test_a_setting_lies_over_the_defaults_and_under_the_command_line(tmp_path: P
     assert {config.rounds for config in configs} == {7}
     assert {config.partition.alpha for config in configs} == {0.7}
     assert {config.model.widths for config in configs} == {(32, 64, 96, 96)}  # the preset
-    assert study.command == "framp study studies/study.toml -o partition.alpha=0.7 -o data.root=DIR"
+    assert study.command == "framp study study.toml -o partition.alpha=0.7 -o data.root=DIR"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,30 @@ def test_a_setting_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypat
         harness.run_study(study, 1, Console(file=StringIO()))
     assert done == ["one", "three"]  # without the learning rates of the first, the second makes no sense
     page = (study.out / "study.md").read_text()
-    assert all(f"Setting {name} has no finished run." in page for name in ("one", "two", "three"))
+    assert all(f"Setting {name} is missing" in page for name in ("one", "two", "three"))
+
+
+def test_an_error_in_a_setting_stops_neither_the_others_nor_page_and_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_study(write(tmp_path), {}, tmp_path / "out")
+    study.out.mkdir()
+    pages: list[str] = []
+
+    def carry_out(comparison: Any, *_: object) -> tuple[Compared, list[runner.Failure]]:
+        page = study.out / "study.md"
+        pages.append(page.read_text() if page.exists() else "")
+        if comparison.out.name == "two":
+            raise RunFolderError("another framp compare works there")
+        tuning = Tuning(TuningPlan(1004, (0.1,)), {"framp": (0.5,), "fedavg": (0.5,)}, ())
+        return Compared(comparison, results_of({"framp": 60, "fedavg": 50}), tuning, (), (), ()), []
+
+    monkeypatch.setattr(harness, "carry_out", carry_out)
+    with pytest.raises(EngineError, match="setting 'two': another framp compare works there"):
+        harness.run_study(study, 1, Console(file=StringIO()), tmp_path / "docs")
+    assert ["## one\n" in page for page in pages] == [False, True, True]
+    exported = (tmp_path / "docs" / "study.md").read_text()
+    assert all(words in exported for words in ("## one\n", "Setting two is missing", "## three\n"))
 
 
 # Claims
@@ -157,6 +182,18 @@ def test_cells_say_who_is_first_and_by_how_much() -> None:
     assert cells(results, "framp", []) == []
 
 
+def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
+    bases = {("framp", 0): 60, ("framp", 1): 80, ("fiarse", 0): 62, ("fedavg", 1): 81}
+    runs = tuple(result(name, seed, {"local": base, "union": base}) for (name, seed), base in bases.items())
+    results = Results(("framp", "fiarse", "fedavg"), (0, 1), runs)
+    assert [cell.behind for cell in cells(results, "framp", ["fiarse"])] == [2.0] * 4
+    small = SmallAgainstFull.of(results, "framp")
+    assert small is not None
+    assert (small.reference, small.full) == pytest.approx((0.815, 0.825))
+    local, _ = tables.accuracy_tables(results, "framp")
+    assert {row for row, _ in local.best} == {1}, "FIARSE is ahead on the one seed that both have"
+
+
 @pytest.mark.parametrize(("framp", "reached"), [(60, True), (59, False)])
 def test_the_smallest_size_against_the_full_model_on_the_same_clients(framp: int, reached: bool) -> None:
     found = SmallAgainstFull.of(results_of({"framp": framp, "fedavg": 60}), "framp")
@@ -166,6 +203,19 @@ def test_the_smallest_size_against_the_full_model_on_the_same_clients(framp: int
     assert found.reference == pytest.approx(framp / 100 + 0.015)
     assert found.reached is reached
     assert SmallAgainstFull.of(results_of({"framp": 60}), "framp") is None
+
+
+def test_the_page_says_once_how_to_read_it(tmp_path: Path) -> None:
+    text = STUDY.replace('"local.steps" = 5', '"evaluation.local-prior-strength" = 0')
+    settings = read_study(write(tmp_path, text), {}, tmp_path / "out").settings
+    results = results_of({"framp": 60, "fedavg": 90, "local": 50})
+    parts = [Part(each, Compared(each.comparison, results, None, (), (), ())) for each in settings]
+    heading, said = report._reading(parts)
+    assert heading == "## Reading this page"
+    for words in ("±", "†: ignores budgets", "Bold: ", "Local: ", "Union: ", "Unseen: ", "No Unseen for Local only"):
+        assert words in said
+    assert "with strength 1; 0 in Second (`evaluation.local-prior-strength`). Union: no prior." in said
+    assert report._reading([]) == []
 
 
 # For real
