@@ -105,6 +105,8 @@ METHODS: dict[str, Method] = {
     "framp-nested": Method("FRAMP, nested steps", {"local.nested-share": 0.2}, "variant: a fifth of the steps nested"),
     "framp-modulated": Method("FRAMP, modulated", {"generator.name": "modulated"}, "ablation: generator"),
     "framp-experts": Method("FRAMP, experts of all layers", {"generator.expert-scope": "all"}, "variant: generator"),
+    "framp-two-experts": Method("FRAMP, two experts", {"generator.experts": 2}, "variant: generator"),
+    "framp-eight-experts": Method("FRAMP, eight experts", {"generator.experts": 8}, "variant: generator"),
     "framp-low-rank": Method("FRAMP, low-rank", {"generator.name": "low-rank"}, "ablation: generator"),
     "framp-chunked": Method("FRAMP, chunked", {"generator.name": "chunked"}, "ablation: generator"),
     "framp-dense": Method("FRAMP, dense", {"generator.name": "dense"}, "ablation: generator"),
