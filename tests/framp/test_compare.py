@@ -140,8 +140,8 @@ def test_commands_name_no_place_of_this_machine(tmp_path: Path, monkeypatch: pyt
         public_path(Path("studies/mine.toml")) == public_path(tmp_path / "studies" / "mine.toml") == "studies/mine.toml"
     )
     assert public_path(tmp_path.parent / "mine.toml") == "mine.toml"
-    given: dict[str, Scalar] = {"data.root": "/images", "data_cache": "/cache", "rounds": 3}
-    assert public_options(given) == ["-o", "data.root=DIR", "-o", "data_cache=DIR", "-o", "rounds=3"]
+    given: dict[str, Scalar] = {"data.root": "/images", "data.cache": "/cache", "rounds": 3}
+    assert public_options(given) == ["-o", "data.root=DIR", "-o", "data.cache=DIR", "-o", "rounds=3"]
 
 
 def test_presets_are_found_by_name() -> None:
