@@ -46,7 +46,7 @@ def test_ray_and_in_process_engines_give_the_same_numbers(tiny: Callable[..., Fr
     flower = measured(run_flower(tiny(values, "flower")))
     local = measured(run_local(tiny({"engine.workers": 1}, "local")))
     assert flower == local
-    assert {row["kind"] for row in local} == {"start", "train", "evaluate"}
+    assert {row["kind"] for row in local} == {"start", "train", "evaluate", "priors"}
 
 
 @pytest.mark.usefixtures("nothing_left")
