@@ -27,9 +27,10 @@ from framp_core.run_folder import RunFolder
 from framp_core.structured import channel_mask, window
 from server_app.app import serve
 from server_app.registry import ClientRecord
-from server_app.strategies import STRATEGIES, ClientUpdate, SubmodelStrategy
+from server_app.strategies import STRATEGIES, ClientUpdate
 from server_app.strategies.heterofl import HeteroFLStrategy
 from server_app.strategies.scalefl import ScaleFLStrategy
+from tests.server_app.runs import final_theta
 
 WIDTHS = (8, 16, 16)
 CHANNELS = {Fraction(1, 16): [3, 5], Fraction(1, 4): [6, 12], Fraction(1): [8, 16, 16]}
@@ -52,19 +53,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(method: str = "scalefl", **more: Scalar) -> dict[str, Scalar]:
     return {**METHODS[method].settings, **SETUP, **more}
-
-
-def final_theta(config: FrampConfig) -> tuple[np.ndarray, RunFolder]:
-    """theta_0 after a run, and the run."""
-    strategies: list[SubmodelStrategy] = []
-
-    class Kept(STRATEGIES[config.method]):  # type: ignore[misc, name-defined]
-        def summary(self) -> None:
-            strategies.append(self)
-
-    with InProcessGrid(client_app, config.partition.nodes, config.to_flat()) as grid:
-        run = serve(grid, config, Kept)
-    return strategies[0].generator_update.generator.theta_0.detach().numpy().copy(), run  # type: ignore[attr-defined]
 
 
 # A run by hand: the network is written out, and every element is averaged by a count of its holders.

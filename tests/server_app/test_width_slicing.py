@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from client_app import client as client_module
-from client_app.app import app as client_app
-from framp.engines import InProcessGrid
 from framp_core.codec import encode_slim
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
@@ -24,11 +22,11 @@ from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
 from framp_core.structured import channel_mask, window
-from server_app.app import serve
 from server_app.registry import ClientRecord
-from server_app.strategies import STRATEGIES, ClientUpdate, SubmodelStrategy
+from server_app.strategies import ClientUpdate
 from server_app.strategies.fedrolex import FedRolexStrategy
 from server_app.strategies.heterofl import HeteroFLStrategy
+from tests.server_app.runs import final_theta
 
 Build = Callable[..., FrampConfig]
 FIRST, SECOND = 8, 16  # channels of the conv net in 4 normalisation groups
@@ -47,19 +45,6 @@ def _one_thread() -> None:
 
 def settings(method: str, **more: Scalar) -> dict[str, Scalar]:
     return {**METHODS[method].settings, **SETUP, **more}
-
-
-def final_theta(config: FrampConfig) -> tuple[np.ndarray, RunFolder]:
-    """theta_0 after a run, and the run."""
-    strategies: list[SubmodelStrategy] = []
-
-    class Kept(STRATEGIES[config.method]):  # type: ignore[misc, name-defined]
-        def summary(self) -> None:
-            strategies.append(self)
-
-    with InProcessGrid(client_app, config.partition.nodes, config.to_flat()) as grid:
-        run = serve(grid, config, Kept)
-    return strategies[0].generator_update.generator.theta_0.detach().numpy().copy(), run  # type: ignore[attr-defined]
 
 
 def initial(config: FrampConfig) -> dict[str, np.ndarray]:
