@@ -230,7 +230,7 @@ class Client:
             "validation": (self.data.validation, settings.local_prior_strength),
         }
         if self.data.role == "train":
-            union = _sample(self.data.union_test, settings.union_images)
+            union = _sample(self.data.union_test, settings.union_examples)
             populations["union"] = (union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
         for name, (images, strength) in populations.items():

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from framp_core.config_values import (
     Capacities,
+    Counts,
     Scalar,
     Strengths,
-    Widths,
     check_boolean,
     explain,
     flatten,
@@ -40,13 +40,30 @@ class _Section(BaseModel):
     )
 
 
-class DataConfig(_Section):
-    """Which images, from where."""
+GRAPH_DATA = ("graph-digits", "cora", "citeseer", "pubmed", "ogbn-arxiv", "graph-file")
+"""Data sets whose examples are the nodes of a graph."""
+GRAPH_MODELS = ("gcn", "sage", "gat")
+"""Architectures that read a graph."""
 
-    name: Literal["digits", "cifar10", "cifar100", "image-folder"] = Field(
-        "digits", description="digits is embedded in scikit-learn and needs no download"
+
+class DataConfig(_Section):
+    """Which images or which graph, from where."""
+
+    name: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "image-folder",
+        "graph-digits",
+        "cora",
+        "citeseer",
+        "pubmed",
+        "ogbn-arxiv",
+        "graph-file",
+    ] = Field("digits", description="digits and graph-digits are embedded in scikit-learn and need no download")
+    root: str = Field(
+        "", description="absolute folder of the data set, or for graph-file the file; unused for the digits"
     )
-    root: str = Field("", description="absolute folder of the data set; unused for digits")
     image_size: int = Field(0, ge=0, description="images are resized to this side; 0 keeps their own size")
     normalisation: Literal["measured", "published"] = Field(
         "measured", description="mean and deviation of the training pixels, or the constants of CIFAR recipes"
@@ -55,12 +72,45 @@ class DataConfig(_Section):
     cache: str = Field("", description="absolute folder of decoded images; empty: the user's cache folder")
 
 
+class GraphConfig(_Section):
+    """How a graph is read, split and sampled; for data sets whose examples are nodes."""
+
+    undirected: bool = Field(True, description="add the reverse of every edge; false keeps the directions given")
+    largest_component: bool = Field(False, description="keep the largest connected component alone (FedSheafHN)")
+    train_share: float = Field(0.4, gt=0, lt=1, description="share of the nodes that are training data")
+    validation_share: float = Field(0.3, ge=0, lt=1, description="share for validation; the rest is test data")
+    full_batch_nodes: int = Field(
+        20_000,
+        ge=1,
+        description="a client trains on all its training nodes at each step if it holds at most so many nodes, "
+        "else on local.batch-size of them with sampled neighbours",
+    )
+    neighbours: Counts = Field(
+        (15, 10), description="neighbours sampled per node and layer, from the training nodes outwards"
+    )
+    hops: int = Field(2, ge=0, description="steps of parameter-free propagation before descriptors look at features")
+
+    @model_validator(mode="after")
+    def _some_are_tested(self) -> Self:
+        if self.train_share + self.validation_share >= 1:
+            raise ValueError(
+                f"graph.train-share={self.train_share:g} and graph.validation-share={self.validation_share:g} leave "
+                f"no test nodes; their sum must be below 1"
+            )
+        return self
+
+
 class PartitionConfig(_Section):
-    """Who holds which images (DESIGN section 5)."""
+    """Who holds which images or nodes (DESIGN section 5)."""
 
     clients: int = Field(20, ge=1, description="clients that train")
     unseen_clients: int = Field(4, ge=0, description="further clients that are evaluated and never train")
-    scheme: Literal["balanced-dirichlet", "dirichlet", "classes-per-client", "iid"] = "balanced-dirichlet"
+    scheme: Literal["balanced-dirichlet", "dirichlet", "classes-per-client", "iid", "metis", "louvain"] = Field(
+        "balanced-dirichlet", description="metis and louvain cut graphs, the others deal out images"
+    )
+    overlap: int = Field(
+        1, ge=1, description="clients that share a part of the graph, each with a random half of its nodes; 1: disjoint"
+    )
     alpha: float = Field(0.3, gt=0, description="concentration of the Dirichlet prior; smaller is more skewed")
     classes_per_client: int = Field(2, ge=1, description="for scheme classes-per-client")
     test_split: Literal["matched", "independent"] = Field(
@@ -109,12 +159,18 @@ class CapacityConfig(_Section):
 class ModelConfig(_Section):
     """Client architecture."""
 
-    name: Literal["conv", "resnet18", "mlp"] = "conv"
-    widths: Widths = (16, 32, 64)
-    normalisation: Literal["group", "batch-statistics"] = Field(
+    name: Literal["conv", "resnet18", "mlp", "gcn", "sage", "gat"] = Field(
+        "conv", description="gcn, sage and gat read a graph and have one layer per width"
+    )
+    widths: Counts = (16, 32, 64)
+    normalisation: Literal["group", "batch-statistics", "none"] = Field(
         "group", description="batch-statistics: batch norm by the batch at hand, in training and in test (FIARSE)"
     )
     groups: int = Field(8, ge=1, description="groups of GroupNorm")
+    heads: int = Field(8, ge=1, description="attention heads of a layer (gat)")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the inputs of each layer and of the head that training drops (graphs)"
+    )
     exits: int = Field(
         1,
         ge=0,
@@ -126,7 +182,7 @@ class ModelConfig(_Section):
     @property
     def batch_statistics(self) -> bool:
         """Whether the result for an image depends on the images beside it; an mlp has no normalisation."""
-        return self.normalisation == "batch-statistics" and self.name != "mlp"
+        return self.normalisation == "batch-statistics" and self.name in ("conv", "resnet18")
 
     @field_validator("normalisation", mode="before")
     @classmethod
@@ -184,7 +240,8 @@ class LocalConfig(_Section):
     """Training on the client."""
 
     steps: int = Field(10, ge=1, description="K, local steps per round")
-    batch_size: int = Field(20, ge=1)
+    batch_size: int = Field(20, ge=1, description="examples per step; see graph.full-batch-nodes for nodes")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="its state lasts for a round")
     reshuffle: bool = Field(True, description="a new order in every epoch; false: always the same batches (FIARSE)")
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
@@ -246,8 +303,8 @@ class EvaluationConfig(_Section):
     """What is measured, and when."""
 
     every: int = Field(10, ge=1, description="rounds between evaluations; the last round is always evaluated")
-    union_images: int = Field(
-        0, ge=0, description="random images of the union, the same for all clients and rounds; 0: all"
+    union_examples: int = Field(
+        0, ge=0, description="random examples of the union, the same for all clients and rounds; 0: all"
     )
     union_by_client: bool = Field(False, description="union client after client, so that batches are skewed (FIARSE)")
     batch_size: int = Field(64, ge=1, description="images per test batch; accuracy depends on it in batch statistics")
@@ -290,6 +347,7 @@ class FrampConfig(_Section):
     seed: int = Field(0, ge=0, description="root of every random stream")
     rounds: int = Field(100, ge=1)
     data: DataConfig = DataConfig()
+    graph: GraphConfig = GraphConfig()
     partition: PartitionConfig = PartitionConfig()
     capacity: CapacityConfig = CapacityConfig()
     model: ModelConfig = ModelConfig()
@@ -315,6 +373,22 @@ class FrampConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _fits_the_data(self) -> Self:
+        graph = self.data.name in GRAPH_DATA
+        kind, models = ("a graph", GRAPH_MODELS) if graph else ("images", ("conv", "resnet18", "mlp"))
+        schemes = ("metis", "louvain") if graph else ("balanced-dirichlet", "dirichlet", "classes-per-client", "iid")
+        for key, value, fitting in (
+            ("model.name", self.model.name, models),
+            ("partition.scheme", self.partition.scheme, schemes),
+        ):
+            if value not in fitting:
+                raise ValueError(
+                    f"data.name={self.data.name!r} is {kind}, which {key}={value!r} does not fit; "
+                    f"choose {', '.join(fitting)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _absolute_paths(self) -> Self:
         for key, path in (
             ("data.root", self.data.root),
@@ -334,8 +408,8 @@ class FrampConfig(_Section):
             raise ValueError(
                 "model.normalisation='batch-statistics' needs local.batch-size and evaluation.batch-size of 2 or more"
             )
-        if self.evaluation.union_by_client and self.evaluation.union_images:
-            raise ValueError("evaluation.union-by-client leaves no random sample to take; set union-images=0")
+        if self.evaluation.union_by_client and self.evaluation.union_examples:
+            raise ValueError("evaluation.union-by-client leaves no random sample to take; set union-examples=0")
         return self
 
     @classmethod

@@ -34,7 +34,7 @@ Capacities = Annotated[
     BeforeValidator(_comma_separated),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
 ]
-Widths = Annotated[
+Counts = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
     BeforeValidator(_comma_separated),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),

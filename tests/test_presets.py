@@ -85,7 +85,7 @@ PUBLISHED_FIARSE = {
     "evaluation.every": 20,
     "evaluation.batch-size": 20,
     "evaluation.augment": True,
-    "evaluation.union-images": 0,
+    "evaluation.union-examples": 0,
     "evaluation.union-by-client": True,
     "evaluation.local-prior-strength": 0.0,
     "evaluation.union-prior-strength": 0.0,

@@ -17,7 +17,7 @@ from framp_core.errors import DataError
 from framp_core.randomness import stream
 from framp_core.rounding import largest_remainder
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,23 +64,24 @@ class Partition:
 
     Attributes:
         clients: in order of their index; those of role ``train`` come first.
-        labels_digest: SHA-256 of the labels of both pools (int64, little endian, train first).
+        data_digest: SHA-256 of the labels of both pools of images (int64, little endian, train first), or of a graph's
+            edges and labels.
         seed: root seed that it was made with.
         settings: the configuration sections ``partition`` and ``capacity`` that it was made with.
     """
 
     clients: tuple[ClientSplit, ...]
-    labels_digest: str
+    data_digest: str
     seed: int
     settings: dict[str, Any]
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ``{"labels_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
+        """SHA-256 of ``{"data_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
 
         Equal digests mean the same images, transforms and labels on the same clients, however they were arrived at.
         """
-        content = {"labels_digest": self.labels_digest, "clients": [client.to_dict() for client in self.clients]}
+        content = {"data_digest": self.data_digest, "clients": [client.to_dict() for client in self.clients]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class Partition:
             "version": MANIFEST_VERSION,
             "seed": self.seed,
             **self.settings,
-            "labels_digest": self.labels_digest,
+            "data_digest": self.data_digest,
             "digest": self.digest,
             "clients": [client.to_dict() for client in self.clients],
         }
@@ -156,7 +157,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     nested = config.to_nested()
     return Partition(
         clients=tuple(clients),
-        labels_digest=hashlib.sha256(np.concatenate([train_labels, test_labels]).astype("<i8").tobytes()).hexdigest(),
+        data_digest=hashlib.sha256(np.concatenate([train_labels, test_labels]).astype("<i8").tobytes()).hexdigest(),
         seed=seed,
         settings={"partition": nested["partition"], "capacity": nested["capacity"]},
     )

@@ -174,7 +174,7 @@ def _mask_plans(masks: Mapping[str, Any]) -> list[_Plan]:
 
 
 def _union_sample(record: Record) -> str:
-    images = record.config.evaluation.union_images
+    images = record.config.evaluation.union_examples
     return f" Union is measured on the same {images:,} images throughout." if images else ""
 
 

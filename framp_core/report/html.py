@@ -117,7 +117,7 @@ def _column_note(record: Record, summary: dict[str, Any]) -> str:
     local, union = (_strength(value) for value in _strengths(config))
     decay = config.server.averaging_decay
     model = f"generator averaged over rounds (decay {decay:g})" if decay else "raw generator"
-    sample = config.evaluation.union_images
+    sample = config.evaluation.union_examples
     images = f"{sample:,} of all clients'" if sample else "all clients'"
     at = f"round {summary['evaluated_round']}" if summary["evaluated_round"] is not None else "no round yet"
     terms = [

@@ -106,7 +106,7 @@ def test_the_last_evaluation_also_counts_at_each_strength_of_the_prior(tiny: Bui
 def test_union_can_be_a_sample(tiny: Build) -> None:
     blob, *_ = submodel(tiny())
     for limit, total in ((50, 50), (0, None)):
-        config = tiny({"evaluation.union-images": limit, "capacity.sizes": "1/4"})
+        config = tiny({"evaluation.union-examples": limit, "capacity.sizes": "1/4"})
         union = Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 5}, {}).data.union_test
         assert ask(config, "evaluate", blob)["metrics"]["union-total"] == (total or len(union))
         assert len(union) > 50

@@ -281,5 +281,5 @@ def test_running_statistics_are_refused_with_the_reason() -> None:
 
 
 def test_a_union_by_client_cannot_be_sampled() -> None:
-    with pytest.raises(ConfigError, match="union-images=0"):
-        FrampConfig.from_flat({"evaluation.union-by-client": True, "evaluation.union-images": 5})
+    with pytest.raises(ConfigError, match="union-examples=0"):
+        FrampConfig.from_flat({"evaluation.union-by-client": True, "evaluation.union-examples": 5})

@@ -192,7 +192,7 @@ def test_batch_statistics_serve_every_method(tiny: Build, method: str) -> None:
         "model.widths": "4,4,6,6",  # 8x8 images shrink to 1x1
         "model.normalisation": "batch-statistics",
         "evaluation.batch-size": 20,
-        "evaluation.union-images": 41,  # the last image would be a batch alone
+        "evaluation.union-examples": 41,  # the last image would be a batch alone
         "evaluation.fine-tune-steps": 1,
         "evaluation.augment": True,
     }
