@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, Recor
 from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
 from framp_core.config import FrampConfig, ModelConfig
 from framp_core.config_values import Scalar, parse_capacity
-from framp_core.data import ClientData, LabelledImages, load_client
+from framp_core.data import ClientData, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError
 from framp_core.layout import ParameterLayout
@@ -78,7 +78,7 @@ class Instruction:
 @lru_cache(maxsize=4)
 def _flat_model(
     config: ModelConfig,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     classes: int,
     device: torch.device,
     kept: tuple[int, ...] | None = None,
@@ -88,7 +88,7 @@ def _flat_model(
 
 
 @lru_cache(maxsize=2)
-def _full_layout(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> ParameterLayout:
+def _full_layout(config: ModelConfig, shape: tuple[int, ...], classes: int) -> ParameterLayout:
     """Layout of the full model, of which a client with a slim network allocates nothing."""
     with torch.device("meta"):
         return ParameterLayout.of(build_model(config, shape, classes))
@@ -230,22 +230,17 @@ class Client:
             "validation": (self.data.validation, settings.local_prior_strength),
         }
         if self.data.role == "train":
-            union = _sample(self.data.union_test, settings.union_examples)
-            populations["union"] = (union, settings.union_prior_strength)
+            union, limit = self.data.union_test, settings.union_examples
+            populations["union"] = (union.first(limit) if limit else union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
-        for name, (images, strength) in populations.items():
+        for name, (examples, strength) in populations.items():
             augmented = settings.augment and name == "local"
             rng = stream(self.config.seed, "test-augmentation", self.data.name, server_round) if augmented else None
             swept = strengths if name != "validation" else ()
             offsets = torch.stack([each * prior for each in (strength, *swept)])
-            result, *curve = evaluate(model, images, self.data.normaliser, offsets, settings.batch_size, rng)
+            result, *curve = evaluate(model, examples, offsets, settings.batch_size, rng)
             counts[f"{name}-correct{suffix}"] = result.correct
             counts[f"{name}-total{suffix}"] = result.total
             if curve:
                 counts[f"{name}-prior-correct"] = [each.correct for each in curve]
         return counts
-
-
-def _sample(images: LabelledImages, limit: int) -> LabelledImages:
-    """The first ``limit`` images (0: all); the union is in random order, so they are a fair sample of it."""
-    return replace(images, indices=images.indices[:limit]) if limit else images

@@ -199,10 +199,13 @@ class DescriptorConfig(_Section):
     name: Literal["class-moments", "moments", "histogram", "warmup"] = Field(
         "class-moments",
         description="class shares and class means of a frozen encoder's features; class histogram and moments of its "
-        "features over all classes; the histogram alone; mean penultimate features after local warm-up",
+        "features over all classes, and degrees in a graph; the histogram alone; mean penultimate features after local "
+        "warm-up",
     )
     encoder_width: int = Field(
-        32, ge=1, description="w, features of the frozen encoder; class-moments has C (1 + w) floats, moments C + 2 w"
+        32,
+        ge=1,
+        description="w, features of the frozen encoder; class-moments has C (1 + w) floats, moments C + 2 w (+ 4)",
     )
     warmup_steps: int = Field(20, ge=1, description="local steps before the features are averaged (warmup)")
 
@@ -262,6 +265,14 @@ class LocalConfig(_Section):
     )
     threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> Self:
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError(
+                f"local.momentum={self.momentum:g} is SGD's and local.optimizer is 'adam'; set momentum to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_weights(self) -> Self:

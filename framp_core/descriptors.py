@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from framp_core.config import FrampConfig
-from framp_core.data.client_data import ClientData
-from framp_core.local_training import ordered_batches, penultimate_features, resolve_device, train_locally
+from framp_core.data.examples import ClientData, Examples
+from framp_core.graph_batch import GraphBatch, propagate
+from framp_core.local_training import INFERENCE_BATCH, penultimate_features, resolve_device, train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
 from framp_core.randomness import stream
+
+_CPU = torch.device("cpu")
 
 
 class Descriptor(ABC):
@@ -50,7 +53,7 @@ class Descriptor(ABC):
 
 
 class HistogramDescriptor(Descriptor):
-    """Class counts of the training images, in the order of the classes, scaled to unit norm."""
+    """Class counts of the training data, in the order of the classes, scaled to unit norm."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -65,29 +68,64 @@ class HistogramDescriptor(Descriptor):
         return _unit(data.class_counts()).astype(np.float32)
 
 
-class MomentsDescriptor(Descriptor):
-    """Class histogram, mean and standard deviation of a frozen random encoder's features.
+class ImageEncoder(nn.Sequential):
+    """e(x) of an image: two random 3x3 convolutions (stride 2, ReLU) and a global average, ``(b, C, H, W) -> (b, w)``.
 
-    ``v = [u(counts); u(mean of e(x)); u(std of e(x))] / sqrt(3)`` with u(.) = scaling to unit norm. e is two random
-    3x3 convolutions (stride 2, ReLU) and a global average; it has no normalisation layer, which would hide
-    differences of brightness and contrast between clients.
+    It has no normalisation layer, which would hide differences of brightness and contrast between clients.
 
     Args:
-        channels: channels of the images.
-        classes: C.
-        width: w, features of the encoder.
-        seed: seed of the encoder's weights, the same for all clients.
+        channels: C.
+        width: w.
+        seed: of the weights, the same for all clients.
     """
 
-    def __init__(self, channels: int, classes: int, width: int, seed: int) -> None:
-        self.classes = classes
-        self.width = width
-        self.encoder = nn.Sequential(
+    def __init__(self, channels: int, width: int, seed: int) -> None:
+        super().__init__(
             *(nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         )
-        vector_to_parameters(initial_parameters(self.encoder, seed), self.encoder.parameters())
+        vector_to_parameters(initial_parameters(self, seed), self.parameters())
+
+
+class NodeEncoder(nn.Module):
+    """e(x) of a node: ``relu(W p)``, W random and p its features after parameter-free propagation, ``(b, w)``.
+
+    Args:
+        features: of a node.
+        width: w.
+        hops: steps of :func:`framp_core.graph_batch.propagate`.
+        seed: of W, the same for all clients.
+    """
+
+    def __init__(self, features: int, width: int, hops: int, seed: int) -> None:
+        super().__init__()
+        self.hops = hops
+        self.projection = nn.Linear(features, width, bias=False)
+        vector_to_parameters(initial_parameters(self, seed), self.parameters())
+
+    def forward(self, batch: GraphBatch) -> Tensor:
+        """Encode the nodes that are asked about."""
+        encoded: Tensor = self.projection(propagate(batch, self.hops)[batch.seeds]).relu()
+        return encoded
+
+
+class MomentsDescriptor(Descriptor):
+    """Class histogram, mean and standard deviation of a frozen random encoder's features.
+
+    ``v = [u(counts); u(mean of e(x)); u(std of e(x))] / sqrt(3)`` with u(.) = scaling to unit norm, over all that the
+    client may look at without labels (:attr:`framp_core.data.ClientData.known`).
+
+    Args:
+        encoder: e, frozen.
+        classes: C.
+        width: w, features of the encoder.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int, width: int) -> None:
+        self.encoder = encoder
+        self.classes = classes
+        self.width = width
 
     @property
     def size(self) -> int:
@@ -95,24 +133,47 @@ class MomentsDescriptor(Descriptor):
         return self.classes + 2 * self.width
 
     def describe(self, data: ClientData) -> np.ndarray:
-        """Summarise ``data.train`` as float32 ``(C + 2 w,)`` of unit norm."""
-        features = self._encode(data).double().numpy()
-        blocks = (data.class_counts(), features.mean(axis=0), features.std(axis=0))
-        return _unit(np.concatenate([_unit(block) for block in blocks])).astype(np.float32)
+        """Summarise the data as float32 ``(d,)`` of unit norm."""
+        return _unit(np.concatenate([_unit(block) for block in self._blocks_of(data)])).astype(np.float32)
+
+    def _blocks_of(self, data: ClientData) -> tuple[np.ndarray, ...]:
+        features = self._encode(data.known)
+        return data.class_counts(), features.mean(axis=0), features.std(axis=0)
 
     @torch.inference_mode()
-    def _encode(self, data: ClientData) -> Tensor:
-        batches = ordered_batches(data.train, data.normaliser, torch.device("cpu"))
-        return torch.cat([self.encoder(inputs) for inputs, _ in batches])
+    def _encode(self, examples: Examples) -> np.ndarray:
+        """Features of all examples, float64 ``(m, w)``."""
+        encoded = [self.encoder(inputs) for inputs, _ in examples.ordered_batches(INFERENCE_BATCH, _CPU)]
+        features: np.ndarray = torch.cat(encoded).double().numpy()
+        return features
+
+
+class GraphMomentsDescriptor(MomentsDescriptor):
+    """Moments of a client's subgraph: those of its nodes' propagated features, and its degrees.
+
+    ``v = [u(counts); u(mean of e(x)); u(std of e(x)); u(degrees)] / 2``, where the degrees are summed up by the mean
+    and the standard deviation of ``log(1 + d)``, the largest of them, and the share of isolated nodes.
+    """
+
+    @property
+    def size(self) -> int:
+        """C + 2 w + 4."""
+        return super().size + 4
+
+    def _blocks_of(self, data: ClientData) -> tuple[np.ndarray, ...]:
+        batches = data.known.ordered_batches(INFERENCE_BATCH, _CPU)
+        degrees = np.concatenate([batch.in_degrees()[batch.seeds].numpy() for batch, _ in batches])  # type: ignore[union-attr]
+        logs = np.log1p(degrees.astype(np.float64))
+        return *super()._blocks_of(data), np.array([logs.mean(), logs.std(), logs.max(), (degrees == 0).mean()])
 
 
 class ClassMomentsDescriptor(MomentsDescriptor):
     """Class shares, and the mean features of each class under a frozen random encoder.
 
     ``v = [sqrt(p_1) .. sqrt(p_C); sqrt(p_1) mu_1; ..; sqrt(p_C) mu_C]`` scaled to unit norm, where p_c is the share of
-    class c among the client's images and mu_c in R^w the mean of e(x) over them, 0 for a class it lacks. The root
-    weighs a mean by its standard error. Unlike moments over all images, class means tell clients apart that name the
-    classes differently, and a shift of the images from a mere difference of class frequencies.
+    class c among the client's training data and mu_c in R^w the mean of e(x) over them, 0 for a class it lacks. The
+    root weighs a mean by its standard error. Unlike moments over all classes, class means tell clients apart that name
+    the classes differently, and a shift of the images from a mere difference of class frequencies.
     """
 
     @property
@@ -122,7 +183,7 @@ class ClassMomentsDescriptor(MomentsDescriptor):
 
     def describe(self, data: ClientData) -> np.ndarray:
         """Summarise ``data.train`` as float32 ``(C (1 + w),)`` of unit norm."""
-        features, labels = self._encode(data).double().numpy(), data.train.selected_labels
+        features, labels = self._encode(data.train), data.train.selected_labels
         roots = np.sqrt(data.class_counts() / len(labels))
         means = np.zeros((self.classes, self.width))
         for held in np.flatnonzero(roots):
@@ -176,19 +237,22 @@ class Standardiser:
 
 
 class WarmupDescriptor(Descriptor):
-    """Mean penultimate feature over the training images after a short local training, scaled to unit norm.
+    """Mean penultimate feature after a short local training, scaled to unit norm.
+
+    The mean is over the training images, or over all nodes of a client's subgraph (FedSheafHN's descriptor, which takes
+    the layer before its ReLU).
 
     All clients start from the same weights and draw batches from equal streams, so that equal data give equal
     descriptors. The full model is trained, whatever the client's capacity.
 
     Args:
         config: the model, ``descriptor.warmup_steps``, ``local`` and the root seed.
-        input_shape: channels, height and width of an image.
+        input_shape: of an example.
         classes: C.
         seed: seed of the common initial weights.
     """
 
-    def __init__(self, config: FrampConfig, input_shape: tuple[int, int, int], classes: int, seed: int) -> None:
+    def __init__(self, config: FrampConfig, input_shape: tuple[int, ...], classes: int, seed: int) -> None:
         self.config = config
         network = build_model(config.model, input_shape, classes)
         self.model = FlatModel(network, resolve_device(config.local.device))
@@ -204,16 +268,16 @@ class WarmupDescriptor(Descriptor):
         rng = stream(self.config.seed, "descriptor-warmup")
         steps = self.config.descriptor.warmup_steps
         train_locally(self.model, self.initial, None, data, self.config, rng, None, steps)
-        features, _ = penultimate_features(self.model, data.train, data.normaliser)
+        features, _ = penultimate_features(self.model, data.known)
         return _unit(features.double().mean(dim=0).cpu().numpy()).astype(np.float32)
 
 
-def build_descriptor(config: FrampConfig, input_shape: tuple[int, int, int], classes: int) -> Descriptor:
+def build_descriptor(config: FrampConfig, shape: tuple[int, ...], classes: int) -> Descriptor:
     """Build the descriptor of ``config.descriptor``; its frozen weights depend on ``config.seed`` alone.
 
     Args:
         config: the run's configuration.
-        input_shape: channels, height and width of an image.
+        shape: of an example, as in :class:`framp_core.data.ClientData`.
         classes: C.
 
     Raises:
@@ -221,13 +285,16 @@ def build_descriptor(config: FrampConfig, input_shape: tuple[int, int, int], cla
         ModelError: warm-up asks for a model that cannot be built.
     """
     seed = int(stream(config.seed, "descriptor-encoder").integers(2**63))
-    if config.descriptor.name == "moments":
-        return MomentsDescriptor(input_shape[0], classes, config.descriptor.encoder_width, seed)
-    if config.descriptor.name == "class-moments":
-        return ClassMomentsDescriptor(input_shape[0], classes, config.descriptor.encoder_width, seed)
-    if config.descriptor.name == "histogram":
+    name, width = config.descriptor.name, config.descriptor.encoder_width
+    if name == "histogram":
         return HistogramDescriptor(classes)
-    return WarmupDescriptor(config, input_shape, classes, seed)
+    if name == "warmup":
+        return WarmupDescriptor(config, shape, classes, seed)
+    if len(shape) == 1:
+        encoder: nn.Module = NodeEncoder(shape[0], width, config.graph.hops, seed)
+        return (ClassMomentsDescriptor if name == "class-moments" else GraphMomentsDescriptor)(encoder, classes, width)
+    encoder = ImageEncoder(shape[0], width, seed)
+    return (ClassMomentsDescriptor if name == "class-moments" else MomentsDescriptor)(encoder, classes, width)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ class GraphBatch:
 
     Attributes:
         x: features of the nodes, or what a layer made of them, float32 ``(nodes, f)``.
-        edges: int64 ``(2, E)``, source and target of each edge, positions in ``x``; a message runs from source to target.
+        edges: int64 ``(2, E)``, source and target of each edge, positions in ``x``; messages run from source to target.
         seeds: int64 ``(b,)``, positions in ``x`` of the nodes that are classified.
     """
 
@@ -33,6 +33,11 @@ class GraphBatch:
         """The values of the nodes that are classified, ``(b, f)``."""
         return self.x[self.seeds]
 
+    def in_degrees(self) -> Tensor:
+        """Number of edges that end at each node, float32 ``(nodes,)``."""
+        target = self.edges[1]
+        return self.x.new_zeros(len(self.x)).index_add_(0, target, self.x.new_ones(len(target)))
+
 
 def propagate(batch: GraphBatch, hops: int) -> Tensor:
     """Parameter-free propagation ``(D^-1/2 (A + I) D^-1/2)^hops x`` (Wu et al. 2019, SGC), ``(nodes, f)``.
@@ -40,12 +45,13 @@ def propagate(batch: GraphBatch, hops: int) -> Tensor:
     D is the degree matrix of A + I by incoming edges.
     """
     source, target = batch.edges
-    degrees = torch.ones(len(batch.x), device=batch.x.device).index_add_(
-        0, target, torch.ones_like(target, dtype=torch.float32)
-    )
-    scale = degrees.rsqrt()
-    weights = (scale[source] * scale[target])[:, None]
+    scale = (1 + batch.in_degrees()).rsqrt()
+    weights, own = (scale[source] * scale[target])[:, None], scale[:, None] ** 2
     x = batch.x
     for _ in range(hops):
-        x = (x * scale[:, None] ** 2).index_add(0, target, weights * x[source])
+        x = (own * x).index_add(0, target, weights * x[source])
     return x
+
+
+Inputs = Tensor | GraphBatch
+"""What a network reads: a batch of images ``(b, C, H, W)``, or a graph with the nodes that are asked about."""

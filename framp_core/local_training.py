@@ -1,18 +1,17 @@
 """What a client computes: training of its submodel, clean-pass prototypes, accuracy."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framp_core.config import FrampConfig, LocalConfig
-from framp_core.data.client_data import ClientData, LabelledImages
-from framp_core.data.transforms import Normaliser, augment
+from framp_core.data.examples import ClientData, Examples
 from framp_core.errors import ConfigError, ModelError
 from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
 from framp_core.masking import extract
@@ -20,7 +19,7 @@ from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 
 INFERENCE_BATCH = 64
-"""Images per batch where features are computed; test batches are those of ``evaluation.batch-size``."""
+"""Examples per batch where features are computed; test batches are those of ``evaluation.batch-size``."""
 DISTILLATION_TEMPERATURE = 3.0
 
 
@@ -31,8 +30,8 @@ class LocalResult:
     Attributes:
         delta: trained minus received weights, float32 ``(n,)``, exactly zero outside the mask.
         loss: mean over the steps of the training loss, all terms included.
-        examples: number of the client's training images.
-        steps: number of SGD steps taken.
+        examples: number of the client's training examples.
+        steps: number of steps taken.
     """
 
     delta: np.ndarray
@@ -46,8 +45,8 @@ class Accuracy:
     """Counts of one evaluation.
 
     Attributes:
-        correct: images whose largest (adjusted) logit is that of their class.
-        total: images evaluated; 0 for an empty set.
+        correct: examples whose largest (adjusted) logit is that of their class.
+        total: examples evaluated; 0 for an empty set.
     """
 
     correct: int
@@ -79,8 +78,8 @@ def log_prior(counts: np.ndarray, absent: float) -> Tensor:
     neither the cross-entropy nor the prediction.
 
     Args:
-        counts: int ``(C,)``, training images per class.
-        absent: stand-in frequency of a class without images, in (0, 1).
+        counts: int ``(C,)``, training examples per class.
+        absent: stand-in frequency of a class without examples, in (0, 1).
 
     Returns:
         float32 ``(C,)``, finite, on the CPU.
@@ -89,31 +88,10 @@ def log_prior(counts: np.ndarray, absent: float) -> Tensor:
     return torch.from_numpy(np.log(frequencies).astype(np.float32))
 
 
-def batch_positions(
-    examples: int, batch_size: int, steps: int, rng: np.random.Generator, reshuffle: bool = True
-) -> np.ndarray:
-    """Which images each step sees: epochs laid end to end and cut into full batches.
-
-    Args:
-        examples: number of images, at least 1.
-        batch_size: images per step.
-        steps: number of steps.
-        rng: draws the order of each epoch.
-        reshuffle: false goes through every epoch in ascending order.
-
-    Returns:
-        int64 ``(steps, min(batch_size, examples))`` in [0, examples). A batch may span two epochs.
-    """
-    size = min(batch_size, examples)
-    epochs = -(-steps * size // examples)
-    order = np.concatenate([rng.permutation(examples) if reshuffle else np.arange(examples) for _ in range(epochs)])
-    return order[: steps * size].reshape(steps, size)
-
-
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over all elements, with T = 3.
 
-    As in ScaleFL's released code the mean is over images and classes, and the teacher gets a gradient as well.
+    As in ScaleFL's released code the mean is over examples and classes, and the teacher gets a gradient as well.
 
     Args:
         student: logits ``(batch, C)``.
@@ -127,7 +105,7 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class _Objective:
     """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``.
 
-    With ``masked_cross_entropy`` the logits of the classes that the client has no image of are 0 before the rest
+    With ``masked_cross_entropy`` the logits of the classes that the client has no example of are 0 before the rest
     (HeteroFL, Diao et al. 2021): they still count in the softmax, and get no gradient.
 
     In a network of m exits the cross-entropy is the mean over exits j = 1..m with weights j / (m (m + 1) / 2) of
@@ -174,7 +152,7 @@ def train_locally(
     prototypes: Prototypes | None,
     steps: int | None = None,
 ) -> LocalResult:
-    """Train a submodel with SGD on the kept weights; the trained weights stay in ``model``.
+    """Train a submodel on the kept weights; the trained weights stay in ``model``.
 
     The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: the
     logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
@@ -190,10 +168,10 @@ def train_locally(
         values: theta as received, float32 ``(n,)``.
         mask: kept positions, bool ``(n,)``; None trains all.
         data: the client's data.
-        config: ``config.local`` and ``config.data.augment`` apply.
-        rng: draws batches and augmentation.
+        config: ``config.local`` and what the kind of data reads of it apply.
+        rng: draws batches, augmentation, sampled neighbours and dropout.
         prototypes: global prototypes; None (as in round 1) leaves the alignment out.
-        steps: number of SGD steps; None takes ``config.local.steps``.
+        steps: number of steps; None takes ``config.local.steps``.
 
     Raises:
         ModelError: the loss or a weight became NaN or infinite.
@@ -202,18 +180,17 @@ def train_locally(
     start = torch.tensor(values if mask is None else values * mask, device=device)
     weights = _trained_weights(model, start, mask, data, config, rng)
     objective = _Objective(local, data, prototypes, device)
-    optimizer = torch.optim.SGD(
-        [weights.latent], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay
-    )
+    optimizer = _optimizer(weights.latent, local)
     losses = []
-    for inputs, labels in _training_batches(data, config, rng, steps or local.steps, device):
-        weights.show()
-        model.flat_gradient.zero_()
-        loss = objective(*model.all_exits(inputs), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        weights.pull_back()
-        optimizer.step()
-        losses.append(loss.detach())
+    with _training_mode(model.model, config.model.dropout, rng, device):
+        for inputs, labels in data.train.training_batches(config, steps or local.steps, rng, device):
+            weights.show()
+            model.flat_gradient.zero_()
+            loss = objective(*model.all_exits(inputs), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            weights.pull_back()
+            optimizer.step()
+            losses.append(loss.detach())
     weights.finish()
     delta, history = weights.latent.detach() - start, torch.stack(losses)
     _require_finite(delta, history, data.name, local)
@@ -241,15 +218,25 @@ def _trained_weights(
     return NestedWeights(model, start, kept, smaller, local.nested_share, rng.spawn(1)[0])
 
 
-def _training_batches(
-    data: ClientData, config: FrampConfig, rng: np.random.Generator, steps: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    local = config.local
-    for positions in batch_positions(len(data.train), local.batch_size, steps, rng, local.reshuffle):
-        images, labels = data.train.batch(positions)
-        if config.data.augment:
-            images = augment(images, rng)
-        yield data.normaliser(images.to(device)), labels.to(device)
+def _optimizer(latent: nn.Parameter, local: LocalConfig) -> torch.optim.Optimizer:
+    if local.optimizer == "adam":
+        return torch.optim.Adam([latent], lr=local.learning_rate, weight_decay=local.weight_decay)
+    return torch.optim.SGD([latent], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay)
+
+
+@contextmanager
+def _training_mode(
+    network: nn.Module, dropout: float, rng: np.random.Generator, device: torch.device
+) -> Iterator[None]:
+    """Turn dropout on for a while; it draws from a child of ``rng``, and torch's own streams are left as they were."""
+    network.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout > 0):
+            if dropout > 0:
+                torch.manual_seed(int(rng.spawn(1)[0].integers(2**63)))
+            yield
+    finally:
+        network.eval()
 
 
 def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalConfig) -> None:
@@ -265,55 +252,26 @@ def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalCon
     )
 
 
-def ordered_batches(
-    images: LabelledImages,
-    normaliser: Normaliser,
-    device: torch.device,
-    batch_size: int = INFERENCE_BATCH,
-    rng: np.random.Generator | None = None,
-    *,
-    lone_image: bool = True,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Network inputs and labels in order; nothing for an empty set.
-
-    Args:
-        images: a selection; may be empty.
-        normaliser: turns uint8 images into the network's input.
-        device: where the batches go.
-        batch_size: images per batch; the last batch holds what is left.
-        rng: draws augmentation; None leaves the images clean.
-        lone_image: false lets the last image join the batch before it rather than make a batch of its own, for
-            networks with batch statistics.
-    """
-    starts = list(range(0, len(images), batch_size))
-    if not lone_image and len(starts) > 1 and len(images) - starts[-1] == 1:
-        starts.pop()
-    for first, last in pairwise([*starts, len(images)]):
-        batch, labels = images.batch(np.arange(first, last))
-        if rng is not None:
-            batch = augment(batch, rng)
-        yield normaliser(batch.to(device)), labels.to(device)
-
-
 @torch.inference_mode()
-def penultimate_features(model: FlatModel, images: LabelledImages, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
-    """Clean pass over a non-empty set of images.
+def penultimate_features(model: FlatModel, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Clean pass over a non-empty set of examples.
 
     Returns:
-        Features ``(len(images), f)`` and labels ``(len(images),)``, in the order of ``images``, on the model's device.
+        Features ``(len(examples), f)`` and labels ``(len(examples),)``, in the order of the batches, on the model's
+        device.
     """
-    lone_image = not model.model.batch_statistics
-    batches = ordered_batches(images, normaliser, model.flat.device, lone_image=lone_image)
+    lone_example = not model.model.batch_statistics
+    batches = examples.ordered_batches(INFERENCE_BATCH, model.flat.device, lone_example=lone_example)
     features, labels = zip(*((model(inputs)[1], labels) for inputs, labels in batches), strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
 def client_prototypes(model: FlatModel, data: ClientData) -> Prototypes:
-    """Local prototypes: class means of the features over the training images, without augmentation.
+    """Local prototypes: class means of the features over the training examples, without augmentation.
 
     Call it after :func:`train_locally`, whose trained weights are in ``model``.
     """
-    features, labels = penultimate_features(model, data.train, data.normaliser)
+    features, labels = penultimate_features(model, data.train)
     return local_prototypes(features, labels, data.classes)
 
 
@@ -326,8 +284,7 @@ def no_prototypes(model: FlatModel) -> Prototypes:
 @torch.inference_mode()
 def evaluate(
     model: FlatModel,
-    images: LabelledImages,
-    normaliser: Normaliser,
+    examples: Examples,
     offsets: Tensor,
     batch_size: int = INFERENCE_BATCH,
     rng: np.random.Generator | None = None,
@@ -336,20 +293,19 @@ def evaluate(
 
     Args:
         model: the network, its parameters loaded.
-        images: what to classify; may be empty.
-        normaliser: turns uint8 images into the network's input.
+        examples: what to classify; may be empty.
         offsets: added to the logits, one row for each adjustment ``(s, C)``, such as strengths times
             :func:`log_prior`.
-        batch_size: images per batch; with batch statistics the accuracy depends on it.
-        rng: draws augmentation; None leaves the images clean.
+        batch_size: examples per batch; with batch statistics the accuracy depends on it.
+        rng: draws augmentation; None leaves the examples clean.
 
     Returns:
         One entry per row of ``offsets``.
     """
     offsets = offsets.to(model.flat.device)
     correct = torch.zeros(len(offsets), dtype=torch.int64, device=offsets.device)
-    lone_image = not model.model.batch_statistics
-    for inputs, labels in ordered_batches(images, normaliser, offsets.device, batch_size, rng, lone_image=lone_image):
+    lone_example = not model.model.batch_statistics
+    for inputs, labels in examples.ordered_batches(batch_size, offsets.device, rng, lone_example=lone_example):
         predicted = (model(inputs)[0] + offsets[:, None]).argmax(dim=2)
         correct += (predicted == labels).sum(dim=1)
-    return tuple(Accuracy(count, len(images)) for count in correct.tolist())
+    return tuple(Accuracy(count, len(examples)) for count in correct.tolist())

@@ -34,9 +34,9 @@ class ClientRecord:
         node_id: Flower's current address of the client.
         role: ``train``, or ``unseen`` for a client that is evaluated and never trains.
         capacity: gamma.
-        shape: channels, height and width of an image.
+        shape: of an example, as in :class:`framp_core.data.ClientData`.
         classes: number of classes.
-        train_examples: number of training images.
+        train_examples: number of training examples.
         partitions: number of partitions that the client knows of.
         partition_digest: hash of the partition the client works on.
         descriptor: v_i, float32 ``(d,)``.
@@ -47,7 +47,7 @@ class ClientRecord:
     node_id: int
     role: Role
     capacity: Fraction
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     train_examples: int
     partitions: int
@@ -64,13 +64,12 @@ class ClientRecord:
         """
         try:
             card, blob = content.config_records["client"], content.config_records["framp"]["payload"]
-            channels, height, width = (int(side) for side in card["shape"])  # type: ignore[union-attr, arg-type]
             return cls(
                 name=str(card["name"]),
                 node_id=node_id,
                 role=_role(card["role"]),
                 capacity=parse_capacity(card["capacity"]),
-                shape=(channels, height, width),
+                shape=tuple(int(side) for side in card["shape"]),  # type: ignore[union-attr, arg-type]
                 classes=int(card["classes"]),  # type: ignore[arg-type]
                 train_examples=int(card["train-examples"]),  # type: ignore[arg-type]
                 partitions=int(card["partitions"]),  # type: ignore[arg-type]
@@ -85,7 +84,7 @@ class ClientRecord:
     def task(self) -> str:
         """What all clients of a run must agree on."""
         return (
-            f"images of shape {self.shape}, {self.classes} classes, descriptors of {len(self.descriptor)} floats, "
+            f"inputs of shape {self.shape}, {self.classes} classes, descriptors of {len(self.descriptor)} floats, "
             f"partition {self.partition_digest[:12]} over {self.partitions} nodes"
         )
 

@@ -1,6 +1,8 @@
-"""Images, their partition over clients, and what one client sees of them."""
+"""Images and graphs, their partition over clients, and what one client sees of them."""
 
-from framp_core.data.client_data import ClientData, LabelledImages, load_client, load_partition
+from framp_core.data.client_data import load_client, load_partition
+from framp_core.data.examples import ClientData, Examples
+from framp_core.data.images import LabelledImages
 from framp_core.data.inspect import ClientRow, DataSummary, summarise_data
 from framp_core.data.partition import ClientSplit, Partition, make_partition
 from framp_core.data.sources import ImageData, load_images
@@ -11,6 +13,7 @@ __all__ = [
     "ClientRow",
     "ClientSplit",
     "DataSummary",
+    "Examples",
     "ImageData",
     "LabelledImages",
     "Normaliser",

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from framp_core.config import FrampConfig
-from framp_core.graph_batch import GraphBatch
-
-Inputs = Tensor | GraphBatch
-"""What a network reads: a batch of images ``(b, C, H, W)``, or a graph with the nodes that are asked about."""
+from framp_core.graph_batch import Inputs
 
 
 class Examples(ABC):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from framp_core.data.client_data import load_client, load_partition
 from framp_core.data.partition import Partition
 from framp_core.data.shift import ConceptShift, FeatureShift
 from framp_core.data.sources import ImageData
+
+if TYPE_CHECKING:
+    from framp_core.data.graph import GraphData
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,13 @@ class ClientRow:
         client: its name.
         role: ``train`` or ``unseen``.
         capacity: as a fraction, such as ``1/16``.
-        train: number of training images.
-        validation: number of validation images.
-        test: number of test images.
-        class_counts: training images per class, in the order of the class names; under concept shift, by the
+        train: number of training examples.
+        validation: number of validation examples.
+        test: number of test examples.
+        class_counts: training examples per class, in the order of the class names; under concept shift, by the
             client's own labels.
-        classes: number of classes with training images.
-        most_frequent: up to three classes with the most training images, as name and share in (0, 1], largest first,
+        classes: number of classes with training examples.
+        most_frequent: up to three classes with the most training examples, as name and share in (0, 1], largest first,
             equals in the order of the class names.
         feature_shift: cluster and transform, such as ``cluster 2: rotation, degrees 180.0``; empty where it is off.
         concept_shift: cluster and extent, such as ``cluster 1: 9 of 10 labels moved``; empty where it is off.
@@ -65,26 +69,33 @@ class DataSummary:
 
 
 def summarise_data(config: FrampConfig) -> DataSummary:
-    """Load the images and the partition of a configuration and summarise them.
+    """Load the data and the partition of a configuration and summarise them.
 
     Raises:
-        DataError: the images cannot be read, or the partition leaves a client without images.
+        DataError: the data cannot be read, or the partition leaves a client without data.
     """
-    images, partition = load_partition(config, config.partition.nodes)
-    facts = _facts(config, images) | _shifts(config, partition)
+    data, partition = load_partition(config, config.partition.nodes)
+    facts = {"data set": config.data.name, "root": config.data.root or "-", **_facts(data, partition)}
+    facts |= _shifts(config, partition)
     return DataSummary(
         facts=tuple({"fact": fact, "value": value} for fact, value in facts.items()),
-        class_names=images.class_names,
-        clients=_rows(config, images, partition),
+        class_names=data.class_names,
+        clients=_rows(config, data.class_names, partition),
         digest=partition.digest,
     )
 
 
-def _facts(config: FrampConfig, images: ImageData) -> dict[str, str]:
+def _facts(data: "ImageData | GraphData", partition: Partition) -> dict[str, str]:
+    if isinstance(data, ImageData):
+        return _image_facts(data)
+    from framp_core.data.graph import graph_facts
+
+    return graph_facts(data, partition)
+
+
+def _image_facts(images: ImageData) -> dict[str, str]:
     channels, height, width = images.shape
     return {
-        "data set": config.data.name,
-        "root": config.data.root or "-",
         "image": f"{height}x{width}, {'grey' if channels == 1 else 'RGB'}",
         "classes": str(images.classes),
         "train images": _per_class(images.train_labels, images.classes),
@@ -141,7 +152,7 @@ def _per_class(labels: np.ndarray, classes: int) -> str:
     return f"{len(labels)} ({counts.min()} to {counts.max()} per class)"
 
 
-def _rows(config: FrampConfig, images: ImageData, partition: Partition) -> tuple[ClientRow, ...]:
+def _rows(config: FrampConfig, names: tuple[str, ...], partition: Partition) -> tuple[ClientRow, ...]:
     rows = []
     for index, split in enumerate(partition.clients):
         counts = load_client(config, index, config.partition.nodes).class_counts()
@@ -155,7 +166,7 @@ def _rows(config: FrampConfig, images: ImageData, partition: Partition) -> tuple
                 test=len(split.test),
                 class_counts=tuple(counts.tolist()),
                 classes=int(np.count_nonzero(counts)),
-                most_frequent=_most_frequent(counts, images.class_names),
+                most_frequent=_most_frequent(counts, names),
                 feature_shift=_shift_text(split.feature_shift),
                 concept_shift=_shift_text(split.concept_shift),
             )

@@ -79,7 +79,7 @@ def test_evaluate_counts_are_those_of_a_plain_loop(tiny: Build) -> None:
             image, label = images.batch(np.array([position]))
             names = [name for name, _ in model.named_parameters()]
             state = dict(zip(names, parameters, strict=True))
-            logits, _ = torch.func.functional_call(model, state, (client.data.normaliser(image),))
+            logits, _ = torch.func.functional_call(model, state, (client.data.train.normaliser(image),))
             correct += int(logits.argmax() == label)
         assert metrics[f"{name}-total"] == len(images)
         assert abs(metrics[f"{name}-correct"] - correct) <= 1  # a tie within rounding may fall either way

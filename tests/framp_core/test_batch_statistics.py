@@ -18,7 +18,6 @@ from framp_core.local_training import (
     INFERENCE_BATCH,
     client_prototypes,
     evaluate,
-    ordered_batches,
     penultimate_features,
     train_locally,
 )
@@ -132,7 +131,7 @@ def some_images(count: int, seed: int = 0) -> LabelledImages:
     patches = rng.integers(0, 256, size=(2 * count + 1, 1, 2, 2), dtype=np.uint8)
     pool = patches.repeat(4, axis=2).repeat(4, axis=3)  # so that pooling does not make all images alike
     labels = rng.integers(0, CLASSES, size=2 * count + 1)
-    return LabelledImages(pool, labels, rng.permutation(2 * count + 1)[:count])
+    return LabelledImages(pool, labels, rng.permutation(2 * count + 1)[:count], NORMALISER)
 
 
 def network(name: str = "conv") -> FlatModel:
@@ -160,7 +159,7 @@ def centred(model: FlatModel, images: LabelledImages) -> Tensor:
 )
 def test_a_last_image_alone_joins_the_batch_before(count: int, size: int, lone: bool, expected: list[int]) -> None:
     images = some_images(count)
-    batches = list(ordered_batches(images, NORMALISER, CPU, size, lone_image=lone))
+    batches = list(images.ordered_batches(size, CPU, lone_example=lone))
     assert [len(labels) for _, labels in batches] == expected
     assert [int(label) for _, labels in batches for label in labels] == images.selected_labels.tolist()
 
@@ -174,16 +173,16 @@ def test_test_batches_are_those_of_the_batch_size() -> None:
         for first in range(0, 45, size):
             batch, labels = images.batch(np.arange(first, min(first + size, 45)))
             correct[size] += int(((model(NORMALISER(batch))[0] + offset).argmax(dim=1) == labels).sum())
-        assert evaluate(model, images, NORMALISER, offset[None], size)[0].correct == correct[size]
+        assert evaluate(model, images, offset[None], size)[0].correct == correct[size]
     assert len(set(correct.values())) > 1, "the size of the batch must matter"
 
 
 def test_evaluation_and_features_of_images_that_shrink_to_a_pixel() -> None:
     model = network("resnet18")
-    assert evaluate(model, some_images(21), NORMALISER, torch.zeros(1, 3), 20)[0].total == 21
-    assert penultimate_features(model, some_images(257), NORMALISER)[0].shape == (257, 6)
+    assert evaluate(model, some_images(21), torch.zeros(1, 3), 20)[0].total == 21
+    assert penultimate_features(model, some_images(257))[0].shape == (257, 6)
     with pytest.raises(ModelError, match="single image"):
-        evaluate(model, some_images(1), NORMALISER, torch.zeros(1, 3), 20)
+        evaluate(model, some_images(1), torch.zeros(1, 3), 20)
 
 
 def test_augmented_evaluation_sees_crops_of_its_stream() -> None:
@@ -196,7 +195,7 @@ def test_augmented_evaluation_sees_crops_of_its_stream() -> None:
         correct += int(((model(NORMALISER(augment(batch, drawn)))[0] + offset).argmax(dim=1) == labels).sum())
 
     def counted(seed: int) -> int:
-        return evaluate(model, images, NORMALISER, offset[None], 20, np.random.default_rng(seed))[0].correct
+        return evaluate(model, images, offset[None], 20, np.random.default_rng(seed))[0].correct
 
     assert counted(3) == correct
     others = {counted(seed) for seed in range(8)}
@@ -222,7 +221,7 @@ def settings(**values: Scalar) -> FrampConfig:
 def client(train: int = 12) -> ClientData:
     images = some_images(train)
     return ClientData(
-        "client-0000", "train", Fraction(1), CLASSES, (1, 8, 8), NORMALISER, images, images, images, images, ""
+        "client-0000", "train", Fraction(1), CLASSES, (1, 8, 8), images, images, images, images, images, ""
     )
 
 

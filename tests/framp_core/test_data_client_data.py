@@ -13,6 +13,7 @@ from framp_core.config import FrampConfig
 from framp_core.data import LabelledImages, load_client, load_images, load_partition, summarise_data
 from framp_core.data.inspect import shares_text
 from framp_core.data.shift import TRANSFORMS
+from framp_core.data.transforms import Normaliser
 from framp_core.errors import DataError
 
 
@@ -32,7 +33,7 @@ def everything(images):
 def test_batches_index_into_the_selection():
     images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
     labels = np.array([5, 4, 3, 2, 1, 0])
-    selection = LabelledImages(images, labels, np.array([4, 0, 5]))
+    selection = LabelledImages(images, labels, np.array([4, 0, 5]), Normaliser((0.5,), (0.25,)))
     assert len(selection) == 3
     assert selection.selected_labels.tolist() == [1, 5, 0]
     batch, batch_labels = selection.batch(np.array([2, 0, 0]))
@@ -51,7 +52,7 @@ def test_clients_hold_their_part_of_the_partition(config):
     clients = [load_client(config, index, nodes) for index in range(nodes)]
     for client, split in zip(clients, partition.clients, strict=True):
         assert (client.name, client.role, client.capacity) == (split.name, split.role, split.capacity)
-        assert (client.classes, client.shape, client.normaliser) == (10, (1, 8, 8), images.normaliser)
+        assert (client.classes, client.shape, client.train.normaliser) == (10, (1, 8, 8), images.normaliser)
         assert client.partition_digest == partition.digest
         np.testing.assert_array_equal(client.train.indices, split.train)
         np.testing.assert_array_equal(client.validation.indices, split.validation)

@@ -8,13 +8,14 @@ import torch
 
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data import ClientData, LabelledImages
 from framp_core.data.transforms import Normaliser
 from framp_core.descriptors import MomentsDescriptor, Standardiser, build_descriptor
 from framp_core.local_training import INFERENCE_BATCH
 
 CLASSES = 4
 SHAPE = (3, 8, 8)
+NORMALISER = Normaliser((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 NAMES = ["class-moments", "moments", "histogram", "warmup"]
 
 
@@ -41,18 +42,18 @@ def client_of(counts: list[int], seed: int = 0, brightness: int = 256) -> Client
     rng = np.random.default_rng(seed)
     total = sum(counts)
     pool = rng.integers(0, brightness, size=(total, *SHAPE), dtype=np.uint8)
-    train = LabelledImages(pool, np.repeat(np.arange(CLASSES), counts), rng.permutation(total))
+    train = LabelledImages(pool, np.repeat(np.arange(CLASSES), counts), rng.permutation(total), NORMALISER)
     return ClientData(
         name="client-0000",
         role="train",
         capacity=Fraction(1),
         classes=CLASSES,
         shape=SHAPE,
-        normaliser=Normaliser((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         train=train,
         validation=train,
         test=train,
         union_test=train,
+        known=train,
         partition_digest="",
     )
 
@@ -160,7 +161,7 @@ def test_class_moments_by_hand() -> None:
     rows: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: [], 3: []}
     for position in range(9):
         image, label = data.train.batch(np.array([position]))
-        rows[int(label)].append(descriptor.encoder(data.normaliser(image)).detach().numpy()[0])
+        rows[int(label)].append(descriptor.encoder(data.train.normaliser(image)).detach().numpy()[0])
     roots = [math.sqrt(len(own) / 9) for own in rows.values()]
     means = [
         root * np.mean(own, axis=0) if own else np.zeros(5) for root, own in zip(roots, rows.values(), strict=True)

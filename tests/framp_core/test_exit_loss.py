@@ -12,10 +12,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from framp_core.config import FrampConfig, LocalConfig
 from framp_core.config_values import Scalar
-from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data import ClientData, LabelledImages
+from framp_core.data.examples import batch_positions
 from framp_core.data.transforms import Normaliser
 from framp_core.layout import ParameterLayout
-from framp_core.local_training import LocalResult, batch_positions, distillation_loss, train_locally
+from framp_core.local_training import LocalResult, distillation_loss, train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
 
 SHAPE, CLASSES = (3, 8, 8), 5
@@ -30,12 +31,10 @@ def _one_thread() -> None:
 def some_client() -> ClientData:
     rng = np.random.default_rng(0)
     pool = rng.integers(0, 256, size=(20, *SHAPE), dtype=np.uint8)
-    train = LabelledImages(pool, np.array(HELD)[rng.integers(0, 3, size=20)], np.arange(13))
-    nothing = replace(train, indices=np.arange(0))
     normaliser = Normaliser((0.5,) * 3, (0.25,) * 3)
-    return ClientData(
-        "client-0000", "train", Fraction(1), CLASSES, SHAPE, normaliser, train, nothing, nothing, nothing, ""
-    )
+    train = LabelledImages(pool, np.array(HELD)[rng.integers(0, 3, size=20)], np.arange(13), normaliser)
+    nothing = replace(train, indices=np.arange(0))
+    return ClientData("client-0000", "train", Fraction(1), CLASSES, SHAPE, train, nothing, nothing, nothing, train, "")
 
 
 def config_of(**values: Scalar) -> FrampConfig:
@@ -91,7 +90,7 @@ def test_loss_is_that_of_a_loop_over_exits_and_images(exits, weight):
     vector_to_parameters(initial_parameters(model, 3), model.parameters())
     for positions in batch_positions(13, 5, config.local.steps, np.random.default_rng(7)):
         batch, labels = data.train.batch(positions)
-        losses.append(loss_by_loops(exits_as_lists(model, data.normaliser(batch)), labels.tolist(), weight))
+        losses.append(loss_by_loops(exits_as_lists(model, data.train.normaliser(batch)), labels.tolist(), weight))
     assert trained(config).loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -103,7 +102,7 @@ def test_training_over_exits_is_ordinary_autograd_on_the_written_loss():
     optimizer = torch.optim.SGD(model.parameters(), lr=config.local.learning_rate)
     for positions in batch_positions(13, 5, config.local.steps, np.random.default_rng(7)):
         batch, labels = data.train.batch(positions)
-        first, second, last = model.all_exits(data.normaliser(batch))[0]
+        first, second, last = model.all_exits(data.train.normaliser(batch))[0]
         teacher = (last / 3).softmax(1)
         kl = [
             F.kl_div((exit_ / 3).log_softmax(1), teacher, reduction="sum") / exit_.numel() for exit_ in (first, second)

@@ -12,13 +12,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data import ClientData, LabelledImages
+from framp_core.data.examples import batch_positions
 from framp_core.data.transforms import Normaliser, augment
 from framp_core.errors import ConfigError, ModelError
 from framp_core.local_training import (
     INFERENCE_BATCH,
     LocalResult,
-    batch_positions,
     client_prototypes,
     evaluate,
     log_prior,
@@ -33,6 +33,7 @@ from framp_core.randomness import stream
 
 CLASSES = 4
 SHAPE = (1, 8, 8)
+NORMALISER = Normaliser((0.5,), (0.25,))
 HELD = [0, 1, 3]  # class 2 has no image
 
 
@@ -58,21 +59,22 @@ def some_images(count: int, seed: int = 0) -> LabelledImages:
     rng = np.random.default_rng(seed)
     pool = rng.integers(0, 256, size=(2 * count, *SHAPE), dtype=np.uint8)
     labels = np.array(HELD, dtype=np.int64)[rng.integers(0, len(HELD), size=2 * count)]
-    return LabelledImages(pool, labels, rng.permutation(2 * count)[:count])
+    return LabelledImages(pool, labels, rng.permutation(2 * count)[:count], NORMALISER)
 
 
 def some_client(train: int = 13) -> ClientData:
+    own = some_images(train)
     return ClientData(
         name="client-0000",
         role="train",
         capacity=Fraction(1, 4),
         classes=CLASSES,
         shape=SHAPE,
-        normaliser=Normaliser((0.5,), (0.25,)),
-        train=some_images(train),
+        train=own,
         validation=some_images(0),
         test=some_images(6, seed=2),
         union_test=some_images(9, seed=3),
+        known=own,
         partition_digest="",
     )
 
@@ -122,7 +124,7 @@ def ordinary_training(config: FrampConfig, offset: torch.Tensor | None) -> np.nd
         images, labels = data.train.batch(positions)
         if config.data.augment:
             images = augment(images, rng)
-        logits, _ = network(data.normaliser(images))
+        logits, _ = network(data.train.normaliser(images))
         optimizer.zero_grad()
         F.cross_entropy(logits if offset is None else logits + offset, labels).backward()
         optimizer.step()
@@ -164,7 +166,7 @@ def test_masked_cross_entropy_counts_absent_classes_with_a_logit_of_zero() -> No
     losses = []
     for positions in batch_positions(13, 5, config.local.steps, np.random.default_rng(7)):
         images, labels = data.train.batch(positions)
-        rows = network(data.normaliser(images))[0].tolist()
+        rows = network(data.train.normaliser(images))[0].tolist()
         for row, label in zip(rows, labels.tolist(), strict=True):
             logits = [logit if held in HELD else 0.0 for held, logit in enumerate(row)]
             losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[label])
@@ -277,7 +279,7 @@ def test_loss_is_the_mean_over_the_steps() -> None:
     losses = []
     for positions in batch_positions(13, 5, config.local.steps, np.random.default_rng(7)):
         images, labels = data.train.batch(positions)
-        logits = network(data.normaliser(images))[0].detach()
+        logits = network(data.train.normaliser(images))[0].detach()
         losses.append(float(F.cross_entropy(logits + prior, labels)))
     assert np.ptp(losses) > 0.1
     assert train(config).loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -291,7 +293,7 @@ def test_training_lowers_the_loss() -> None:
 
     def loss() -> float:
         images, labels = data.train.batch(np.arange(len(data.train)))
-        return float(F.cross_entropy(model(data.normaliser(images))[0].detach() + prior, labels))
+        return float(F.cross_entropy(model(data.train.normaliser(images))[0].detach() + prior, labels))
 
     before = loss()
     train(config, model=model)
@@ -361,11 +363,10 @@ def test_features_come_in_the_order_of_the_images() -> None:
     config = config_of()
     images, model = some_images(INFERENCE_BATCH + 44), flat_model(config)
     model.load(torch.from_numpy(initial(config)))
-    normaliser = Normaliser((0.5,), (0.25,))
-    features, labels = penultimate_features(model, images, normaliser)
+    features, labels = penultimate_features(model, images)
     assert features.shape == (INFERENCE_BATCH + 44, 6)
     assert labels.tolist() == images.selected_labels.tolist()
-    single, _ = penultimate_features(model, replace(images, indices=images.indices[100:101]), normaliser)
+    single, _ = penultimate_features(model, replace(images, indices=images.indices[100:101]))
     np.testing.assert_allclose(features[100], single[0], rtol=1e-4, atol=1e-6)
 
 
@@ -375,15 +376,14 @@ def test_evaluation_counts_like_a_loop(count: int, with_offset: bool) -> None:
     config = config_of()
     images, model = some_images(count), flat_model(config)
     model.load(torch.from_numpy(initial(config)))
-    normaliser = Normaliser((0.5,), (0.25,))
     offset = torch.tensor([0.0, 1.0, -9.0, 0.3]) if with_offset else torch.zeros(CLASSES)
     correct = 0
     for position in range(count):
         image, label = images.batch(np.array([position]))
         with torch.no_grad():
-            logits = model(normaliser(image))[0][0].double()
+            logits = model(NORMALISER(image))[0][0].double()
         correct += int((logits + offset).argmax() == label[0])
-    (result,) = evaluate(model, images, normaliser, offset[None])
+    (result,) = evaluate(model, images, offset[None])
     assert (result.correct, result.total) == (correct, count)
 
 
@@ -391,19 +391,19 @@ def test_an_offset_can_rule_a_class_out() -> None:
     config = config_of()
     images, model = some_images(40), flat_model(config)
     model.load(torch.from_numpy(initial(config)))
-    found = evaluate(model, images, Normaliser((0.5,), (0.25,)), 1e6 * torch.eye(CLASSES))
+    found = evaluate(model, images, 1e6 * torch.eye(CLASSES))
     assert [each.correct for each in found] == np.bincount(images.selected_labels, minlength=CLASSES).tolist()
 
 
 def test_several_offsets_are_as_many_evaluations_in_one_pass() -> None:
-    images, model, normaliser = some_images(INFERENCE_BATCH + 3), flat_model(config_of()), Normaliser((0.5,), (0.25,))
+    images, model = some_images(INFERENCE_BATCH + 3), flat_model(config_of())
     model.load(torch.from_numpy(initial(config_of())))
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
     offsets = torch.from_numpy(np.random.default_rng(0).normal(size=(5, CLASSES)).astype(np.float32))
-    together = evaluate(model, images, normaliser, offsets)
+    together = evaluate(model, images, offsets)
     assert len(passes) == 2  # batches
-    assert together == tuple(evaluate(model, images, normaliser, row[None])[0] for row in offsets)
+    assert together == tuple(evaluate(model, images, row[None])[0] for row in offsets)
     assert len({each.correct for each in together}) > 1
 
 

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from framp_core.config import FrampConfig
-from framp_core.data.client_data import ClientData, LabelledImages
+from framp_core.data import ClientData, LabelledImages
+from framp_core.data.examples import batch_positions
 from framp_core.data.transforms import Normaliser
 from framp_core.errors import ConfigError
-from framp_core.local_training import LocalResult, batch_positions, train_locally
+from framp_core.local_training import LocalResult, train_locally
 from framp_core.masking import extract
 from framp_core.models import FlatModel, build_model, initial_parameters
 
@@ -43,10 +44,12 @@ def config_of(share: float, sizes: str = "1/16,1/4,1", extraction: str = "global
 def client_of(capacity: Fraction) -> ClientData:
     rng = np.random.default_rng(0)
     images = LabelledImages(
-        rng.integers(0, 256, size=(20, *SHAPE), dtype=np.uint8), rng.integers(0, CLASSES, 20), np.arange(20)
+        rng.integers(0, 256, size=(20, *SHAPE), dtype=np.uint8),
+        rng.integers(0, CLASSES, 20),
+        np.arange(20),
+        Normaliser((0.5,), (0.25,)),
     )
-    normaliser = Normaliser((0.5,), (0.25,))
-    return ClientData("client", "train", capacity, CLASSES, SHAPE, normaliser, images, images, images, images, "")
+    return ClientData("client", "train", capacity, CLASSES, SHAPE, images, images, images, images, images, "")
 
 
 def start_of(config: FrampConfig) -> np.ndarray:
@@ -72,7 +75,7 @@ def test_nested_steps_by_hand(capacity: Fraction, extraction: str) -> None:
     own, *smaller = masks_of(config, (capacity, *(size for size in config.capacity.sizes if size < capacity)))
     rng = np.random.default_rng(7)
     draws = np.random.default_rng(7).spawn(1)[0]
-    network, normaliser = build_model(config.model, SHAPE, CLASSES), client_of(capacity).normaliser
+    network, normaliser = build_model(config.model, SHAPE, CLASSES), client_of(capacity).train.normaliser
     start = torch.from_numpy(start_of(config) * own)
     weights, chosen = start.clone(), []
     for positions in batch_positions(20, 5, STEPS, rng):

@@ -13,9 +13,10 @@ from framp.engines import run_local
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import ClientData, load_client
+from framp_core.data.examples import batch_positions
 from framp_core.errors import ConfigError
 from framp_core.layout import ParameterLayout
-from framp_core.local_training import batch_positions, train_locally
+from framp_core.local_training import train_locally
 from framp_core.methods import METHODS
 from framp_core.models import FlatModel, build_model, initial_parameters
 from framp_core.randomness import stream
@@ -101,7 +102,7 @@ def by_hand(config: FrampConfig, start: np.ndarray, mask: np.ndarray) -> np.ndar
         slope = -2 * threshold / (x.abs() + threshold)
         soft = hard * (1 + maskable * (slope - slope.detach()))
         hidden, hidden_bias, head, head_bias = layout.split(x * soft)
-        features = F.relu(data.normaliser(images).double().flatten(1) @ hidden.T + hidden_bias)
+        features = F.relu(data.train.normaliser(images).double().flatten(1) @ hidden.T + hidden_bias)
         F.cross_entropy(features @ head.T + head_bias, labels).backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
         weights = weights - config.local.learning_rate * x.grad

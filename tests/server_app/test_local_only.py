@@ -101,7 +101,7 @@ def test_who_never_trained_is_measured_with_the_initial_model(alone: Build) -> N
         theta = initial(config)
         model.load(torch.from_numpy(theta * extract(theta, model.layout, config.extraction, data.capacity)))
         prior = log_prior(data.class_counts(), config.local.absent_class_prior)
-        untrained = evaluate(model, data.test, data.normaliser, prior[None])[0].correct
+        untrained = evaluate(model, data.test, prior[None])[0].correct
         assert (counts[data.name] == untrained) == (data.name != trained)
 
 

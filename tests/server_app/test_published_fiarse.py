@@ -84,7 +84,7 @@ def masked(parameters: dict[str, Tensor], model: FeaturesAndHead, threshold: Ten
 def batches(images: LabelledImages, data: ClientData, rng: np.random.Generator | None) -> Iterator[tuple[Tensor, ...]]:
     for first in range(0, len(images), 20):
         pixels, labels = images.batch(np.arange(first, min(first + 20, len(images))))
-        yield data.normaliser(pixels if rng is None else augment(pixels, rng)), labels
+        yield data.train.normaliser(pixels if rng is None else augment(pixels, rng)), labels
 
 
 def client_delta(
@@ -98,7 +98,7 @@ def client_delta(
         pixels, labels = data.train.batch(order[20 * step : 20 * step + 20])
         leaves = {name: value.requires_grad_() for name, value in weights.items()}
         outputs = torch.func.functional_call(
-            model, masked(leaves, model, threshold), (data.normaliser(augment(pixels, rng)),)
+            model, masked(leaves, model, threshold), (data.train.normaliser(augment(pixels, rng)),)
         )
         gradients = torch.autograd.grad(F.cross_entropy(outputs[0], labels), list(leaves.values()))
         weights = {

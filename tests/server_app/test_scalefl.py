@@ -14,11 +14,10 @@ from client_app.client import Client
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.data import load_client
-from framp_core.data.client_data import ClientData
+from framp_core.data import ClientData, load_client
+from framp_core.data.examples import batch_positions
 from framp_core.errors import ConfigError, ModelError
 from framp_core.layout import ParameterLayout
-from framp_core.local_training import batch_positions
 from framp_core.methods import METHODS
 from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
@@ -112,7 +111,7 @@ def train_by_hand(
     for positions in batch_positions(len(data.train), config.local.batch_size, config.local.steps, rng):
         images, labels = data.train.batch(positions)
         numbers = [groups[channels] for channels in CHANNELS[data.capacity]]
-        loss = loss_of(exits_of(weights, data.normaliser(images), numbers), labels, weight)
+        loss = loss_of(exits_of(weights, data.train.normaliser(images), numbers), labels, weight)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         with torch.no_grad():
             for part, gradient in zip(weights.values(), gradients, strict=True):

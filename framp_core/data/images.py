@@ -1,0 +1,182 @@
+"""Images of the clients of a run: selections from the pools, as their owners see them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framp_core.config import DataConfig, FrampConfig
+from framp_core.data.examples import ClientData, Examples, batch_positions
+from framp_core.data.partition import ClientSplit, Partition, make_partition
+from framp_core.data.shift import Shift
+from framp_core.data.sources import ImageData, load_images
+from framp_core.data.transforms import Normaliser, augment
+from framp_core.randomness import stream
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages(Examples):
+    """A selection from a pool of images; no pixel is copied before :meth:`batch`.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``, the whole pool, as a rule a memory map.
+        labels: int64 ``(N,)`` of the whole pool, in [0, C); under concept shift, what the owner calls each image.
+        indices: int64 ``(len(self),)``, the positions in the pool that belong to the selection; may be empty.
+        normaliser: from uint8 pixels to network inputs; the same for all clients.
+        shift: transform of each image of the pool by its owner; None leaves the images as they are.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    normaliser: Normaliser
+    shift: Shift | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def selected_labels(self) -> np.ndarray:
+        """Labels of the selection, int64 ``(len(self),)``."""
+        selected: np.ndarray = self.labels[self.indices]
+        return selected
+
+    def first(self, count: int) -> Self:
+        """The first ``count`` images of the selection."""
+        return replace(self, indices=self.indices[:count])
+
+    def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Read some images into memory, shifted as their owners see them.
+
+        Args:
+            positions: int ``(b,)``, positions in the selection, each in [0, len(self)).
+
+        Returns:
+            Images, uint8 ``(b, C, H, W)``, and labels, int64 ``(b,)``.
+        """
+        chosen = self.indices[positions]
+        images = torch.from_numpy(self.images[chosen])
+        if self.shift is not None:
+            images = self.shift(images, chosen)
+        return images, torch.from_numpy(self.labels[chosen])
+
+    def training_batches(
+        self, config: FrampConfig, steps: int, rng: np.random.Generator, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``local.batch_size`` images per step, augmented if ``data.augment`` says so."""
+        local, drawn = config.local, rng if config.data.augment else None
+        for positions in batch_positions(len(self), local.batch_size, steps, rng, local.reshuffle):
+            yield self._inputs(positions, device, drawn)
+
+    def ordered_batches(
+        self,
+        batch_size: int,
+        device: torch.device,
+        rng: np.random.Generator | None = None,
+        *,
+        lone_example: bool = True,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order, ``batch_size`` at a time; the last batch holds what is left."""
+        starts = list(range(0, len(self), batch_size))
+        if not lone_example and len(starts) > 1 and len(self) - starts[-1] == 1:
+            starts.pop()
+        for first, last in pairwise([*starts, len(self)]):
+            yield self._inputs(np.arange(first, last), device, rng)
+
+    def _inputs(
+        self, positions: np.ndarray, device: torch.device, rng: np.random.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Network inputs and labels on the device, augmented with draws of ``rng``."""
+        images, labels = self.batch(positions)
+        if rng is not None:
+            images = augment(images, rng)
+        return self.normaliser(images.to(device)), labels.to(device)
+
+
+@lru_cache(maxsize=4)
+def _images(data: DataConfig, seed: int) -> ImageData:
+    return load_images(data, seed)
+
+
+@lru_cache(maxsize=4)
+def image_partition(config: FrampConfig, partitions: int) -> tuple[ImageData, Partition]:
+    """The images and the partition of a run; kept for the life of the process."""
+    images = _images(config.data, config.seed)
+    scaled = config.model_copy(update={"partition": config.partition.for_nodes(partitions)})
+    return images, make_partition(scaled, images.train_labels, images.test_labels, images.classes)
+
+
+@lru_cache(maxsize=4)
+def _pools(config: FrampConfig, partitions: int) -> tuple[LabelledImages, LabelledImages]:
+    """The whole train and test pools as the owners of the images see them; shared by all clients of the process."""
+    images, partition = image_partition(config, partitions)
+    clients = partition.clients
+    train = [np.concatenate([client.train, client.validation]) for client in clients]
+    test = [client.test for client in clients]
+    return (
+        _owned(images, images.train_images, images.train_labels, clients, train),
+        _owned(images, images.test_images, images.test_labels, clients, test),
+    )
+
+
+def _owned(
+    data: ImageData,
+    images: np.ndarray,
+    labels: np.ndarray,
+    clients: Sequence[ClientSplit],
+    holdings: Sequence[np.ndarray],
+) -> LabelledImages:
+    """A pool of ``data`` under the labels and shifts of the clients; each image has at most one owner."""
+    owners = np.zeros(len(labels), dtype=np.int64)
+    own_labels = labels.copy()
+    for index, (client, held) in enumerate(zip(clients, holdings, strict=True)):
+        owners[held] = index
+        if client.concept_shift is not None:
+            own_labels[held] = np.array(client.concept_shift.labels)[labels[held]]
+    transforms = [client.feature_shift.transform for client in clients if client.feature_shift is not None]
+    shift = Shift(transforms, owners) if transforms else None
+    return LabelledImages(images, own_labels, np.arange(len(labels)), data.normaliser, shift)
+
+
+@lru_cache(maxsize=4)
+def _union(config: FrampConfig, partitions: int) -> LabelledImages:
+    _, partition = image_partition(config, partitions)
+    _, pool = _pools(config, partitions)
+    owners = [client for client in partition.clients if client.role == "train"]
+    if config.evaluation.union_by_client:
+        return replace(pool, indices=np.concatenate([_reading_order(config, own, "test", own.test) for own in owners]))
+    indices = np.sort(np.concatenate([client.test for client in owners]))
+    return replace(pool, indices=stream(config.seed, "union-order").permutation(indices))
+
+
+def _reading_order(config: FrampConfig, client: ClientSplit, use: str, positions: np.ndarray) -> np.ndarray:
+    """Positions as they are read; pools may be sorted by class, which batches of neighbours must not be."""
+    if not config.model.batch_statistics and config.local.reshuffle:
+        return positions
+    return stream(config.seed, "reading-order", client.name, use).permutation(positions)
+
+
+def image_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
+    """One client's images."""
+    images, partition = image_partition(config, partitions)
+    train, test = _pools(config, partitions)
+    split = partition.clients[partition_id]
+    own = replace(train, indices=_reading_order(config, split, "train", split.train))
+    return ClientData(
+        name=split.name,
+        role=split.role,
+        capacity=split.capacity,
+        classes=images.classes,
+        shape=images.shape,
+        train=own,
+        validation=replace(train, indices=_reading_order(config, split, "validation", split.validation)),
+        test=replace(test, indices=_reading_order(config, split, "test", split.test)),
+        union_test=_union(config, partitions),
+        known=own,
+        partition_digest=partition.digest,
+    )
