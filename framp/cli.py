@@ -184,7 +184,7 @@ def _clients_table(summary: "DataSummary") -> Table:
         for row in summary.clients
     ]
     table = Table(
-        title="Clients and their training images",
+        title="Clients and their training data",
         title_justify="left",
         box=None,
         padding=(0, 1, 0, 0),

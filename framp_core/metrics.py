@@ -1,7 +1,7 @@
 """Accuracy of clients, and what is said about a size from it (DESIGN section 5).
 
-A row counts the images of one client, so rows can be collected in any order and from any number of workers. Every
-client weighs the same, however many images it has.
+A row counts the examples of one client, so rows can be collected in any order and from any number of workers. Every
+client weighs the same, however many examples it has.
 """
 
 import math
@@ -30,11 +30,11 @@ class ClientAccuracy:
         role: whether the client trains, or is only evaluated ("unseen").
         capacity: gamma as a fraction, such as ``"1/16"``.
         round: training rounds before the measurement.
-        population: images it was measured on: the client's own test data, the union of all clients' test data, or
+        population: data it was measured on: the client's own test data, the union of all clients' test data, or
             the client's own validation data.
         moment: before or after local fine-tuning.
-        correct: images classified correctly.
-        total: images, >= 1.
+        correct: examples classified correctly.
+        total: examples, >= 1.
 
     Raises:
         ProtocolError: the counts contradict each other.
@@ -54,7 +54,7 @@ class ClientAccuracy:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the images classified correctly, in [0, 1]."""
+        """Fraction of the examples classified correctly, in [0, 1]."""
         return self.correct / self.total
 
     @property
@@ -65,15 +65,15 @@ class ClientAccuracy:
 
 @dataclass(frozen=True)
 class PriorCounts:
-    """One client's submodel under several strengths of the class prior, counted in one pass over the same images.
+    """One client's submodel under several strengths of the class prior, counted in one pass over the same examples.
 
     Attributes:
         client: name of the client.
         role: whether the client trains, or is only evaluated ("unseen").
         capacity: gamma as a fraction.
-        population: images it was measured on.
-        correct: images classified correctly at each strength, ``evaluation.prior-strengths`` in order.
-        total: images, >= 1.
+        population: data it was measured on.
+        correct: examples classified correctly at each strength, ``evaluation.prior-strengths`` in order.
+        total: examples, >= 1.
 
     Raises:
         ProtocolError: the counts contradict each other.
@@ -131,8 +131,8 @@ def _check_counts(client: str, population: str, correct: Sequence[int], total: i
     for count in correct:
         if not 0 <= count <= total or total < 1:
             raise ProtocolError(
-                f"{client} reports {count} correct of {total} {population} images; "
-                "expected at least one image and 0 <= correct <= total"
+                f"{client} reports {count} correct of {total} {population} examples; "
+                "expected at least one example and 0 <= correct <= total"
             )
 
 

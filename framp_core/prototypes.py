@@ -1,6 +1,6 @@
 """Class prototypes (FedProto, Tan et al. 2022): mean penultimate features per class, local and global.
 
-A local prototype is the mean feature of one class over one client's training images; a global one is the
+A local prototype is the mean feature of one class over one client's training examples; a global one is the
 count-weighted mean over the clients of a round, smoothed over rounds.
 """
 
@@ -20,7 +20,7 @@ class Prototypes:
 
     Attributes:
         classes: int64 ``(p,)``, ascending, each in [0, C).
-        counts: int64 ``(p,)``, the number of images behind each mean, >= 1.
+        counts: int64 ``(p,)``, the number of examples behind each mean, >= 1.
         means: float32 ``(p, f)``, mean penultimate feature of each class.
     """
 
@@ -46,7 +46,7 @@ class Prototypes:
 def local_prototypes(features: Tensor, labels: Tensor, classes: int) -> Prototypes:
     """Mean feature per class, for the classes that ``labels`` holds.
 
-    Sums run in double precision: a mean over many images then rounds only once.
+    Sums run in double precision: a mean over many examples then rounds only once.
 
     Args:
         features: penultimate features ``(b, f)``.
@@ -74,7 +74,7 @@ class PrototypeBank:
 
     Attributes:
         means: global means, float32 ``(C, f)``, zero where unseen.
-        counts: int64 ``(C,)``, images behind the last round's mean of each class; 0 for a class never seen.
+        counts: int64 ``(C,)``, examples behind the last round's mean of each class; 0 for a class never seen.
     """
 
     def __init__(self, classes: int, feature_size: int, decay: float) -> None:

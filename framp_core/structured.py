@@ -1,7 +1,7 @@
 """Structured submodels: whole channels are kept or dropped, so that what is left is a slimmer network.
 
 A selection is a bool vector over the hidden channels of all groups, group after group (``ParameterLayout.hidden``).
-The mask it gives is, tensor by tensor, the outer product of the kept rows and the kept columns; image channels and
+The mask it gives is, tensor by tensor, the outer product of the kept rows and the kept columns; input channels and
 classes are always whole, and the biases and norm parameters of dropped channels are dropped with them. A layer whose
 input group keeps nothing is dropped with its bias, which is how a network ends at an early exit. Channels keep their
 order, so ``theta[mask]`` is the flat vector of the same architecture with fewer channels and, maybe, fewer stages.
@@ -185,13 +185,13 @@ def without_other_classes(layout: ParameterLayout, mask: np.ndarray, classes: np
 
 
 def held_classes(counts: np.ndarray) -> Prototypes:
-    """Classes and image counts of a client, as prototypes without features (f = 0).
+    """Classes and counts of a client, as prototypes without features (f = 0).
 
     The features of a slim network are not those of the full one, so no means travel; which classes a client holds
     must be known all the same to average the head.
 
     Args:
-        counts: int ``(C,)``, training images per class.
+        counts: int ``(C,)``, training examples per class.
     """
     classes = np.flatnonzero(counts).astype(np.int64)
     return Prototypes(classes, counts[classes].astype(np.int64), np.zeros((classes.size, 0), dtype=np.float32))

@@ -72,7 +72,7 @@ def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict
             if total is None or total == 0:
                 continue
             if not isinstance(total, int) or not isinstance(correct, int):
-                raise ProtocolError(f"{client.name} reports {correct!r} correct of {total!r} {population} images")
+                raise ProtocolError(f"{client.name} reports {correct!r} correct of {total!r} {population} examples")
             measured.append(
                 ClientAccuracy(
                     client.name, client.role, str(client.capacity), server_round, population, moment, correct, total
@@ -104,7 +104,7 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
         counts = tuple(count for count in correct if isinstance(count, int)) if isinstance(correct, list) else ()
         if len(counts) != strengths or not isinstance(total, int):
             raise ProtocolError(
-                f"{client.name} reports {correct!r} correct of {total!r} {population} images; "
+                f"{client.name} reports {correct!r} correct of {total!r} {population} examples; "
                 f"expected a count for each of {strengths} strengths of the prior"
             )
         found.append(PriorCounts(client.name, client.role, str(client.capacity), population, counts, total))
@@ -121,7 +121,7 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
     if partition.digest != digest:
         raise DataError(
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
-            f"data.root must hold the same images everywhere"
+            f"data.root must hold the same data everywhere"
         )
     return partition.manifest()
 

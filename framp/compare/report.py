@@ -253,8 +253,8 @@ def accuracy_note(over: str, prior: str, methods: Iterable[str]) -> str:
     shown = list(methods)
     parts = [
         f"Mean over clients at the last round; {over}. The column Mean is over all clients; columns of different "
-        "sizes are different clients. Local: training clients on their own test images. Union: the same on all "
-        f"clients' test images. Unseen: clients that never trained, on their own test images. {prior}"
+        "sizes are different clients. Local: training clients on their own test data. Union: the same on all "
+        f"clients' test data. Unseen: clients that never trained, on their own test data. {prior}"
     ]
     if len(shown) > 1:
         parts.append("Bold: the best of the methods that keep to the budget, the reference's variants aside.")
@@ -279,7 +279,7 @@ def test_note(corrected: str) -> str:
         f"Clients, 95 %: bootstrap over clients, {RESAMPLES:,} resamples. "
         "Clients of one seed share a server and its model, so they are not independent: these tests and intervals "
         "speak of clients under these trained models, not of another training. This weighs most on Union, where all "
-        "clients have the same test images: clients with the same submodel repeat one number there. Seeds: paired t "
+        "clients have the same test data: clients with the same submodel repeat one number there. Seeds: paired t "
         "interval and t-test over the seeds' differences, each training counting once; p without correction. With few "
         "seeds it is wide, and what it leaves open is open."
     )

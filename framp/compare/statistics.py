@@ -1,6 +1,6 @@
 """Paired tests of one method against others, and what they may be said to show.
 
-Clients of the same name in runs of the same seed hold the same images, so a pair is the difference of two methods on
+Clients of the same name in runs of the same seed hold the same data, so a pair is the difference of two methods on
 one client of one seed. The clients of one run share a server model, so their differences are not independent: a
 p-value over clients says how sure the difference is for models like these, not how it varies from one training to the
 next. That is what the paired t-test over the differences of the seeds asks, at the price of having few of them.

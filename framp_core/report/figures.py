@@ -174,8 +174,8 @@ def _mask_plans(masks: Mapping[str, Any]) -> list[_Plan]:
 
 
 def _union_sample(record: Record) -> str:
-    images = record.config.evaluation.union_examples
-    return f" Union is measured on the same {images:,} images throughout." if images else ""
+    examples = record.config.evaluation.union_examples
+    return f" Union is measured on the same {examples:,} examples throughout." if examples else ""
 
 
 def size_colours(capacities: Sequence[str]) -> dict[str, Any]:

@@ -118,12 +118,12 @@ def _column_note(record: Record, summary: dict[str, Any]) -> str:
     decay = config.server.averaging_decay
     model = f"generator averaged over rounds (decay {decay:g})" if decay else "raw generator"
     sample = config.evaluation.union_examples
-    images = f"{sample:,} of all clients'" if sample else "all clients'"
+    covered_data = f"{sample:,} of all clients'" if sample else "all clients'"
     at = f"round {summary['evaluated_round']}" if summary["evaluated_round"] is not None else "no round yet"
     terms = [
-        ("Local", f"each training client's own submodel on its own test images; {local}", covered["local_clients"]),
-        ("Union", f"the same submodels on {images} test images; {union}", covered["union_clients"]),
-        ("Unseen", f"clients that never trained, on their own test images; {local}", covered["unseen_clients"]),
+        ("Local", f"each training client's own submodel on its own test data; {local}", covered["local_clients"]),
+        ("Union", f"the same submodels on {covered_data} test data; {union}", covered["union_clients"]),
+        ("Unseen", f"clients that never trained, on their own test data; {local}", covered["unseen_clients"]),
     ]
     items = [(name, f"{text}; {_plural(count, 'client')} covered.") for name, text, count in terms]
     items += [

@@ -55,7 +55,7 @@ class ClientUpdate:
         delta: trained minus received weights on the kept positions, float32 ``(mask.sum(),)``.
         prototypes: local prototypes; without features (f = 0) from a client that trained a slim network.
         loss: mean training loss.
-        examples: number of training images.
+        examples: number of training examples.
     """
 
     client: ClientRecord
@@ -158,7 +158,7 @@ class SubmodelStrategy(Strategy):
         Args:
             initial: a freshly initialised model, ``(n,)``.
             feature_size: width of the penultimate features.
-            client: any client; all agree on image shape, classes and size of the descriptor.
+            client: any client; all agree on shape, classes and size of the descriptor.
 
         Returns:
             Facts for the event log, such as the number of the generator's parameters.

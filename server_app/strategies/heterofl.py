@@ -15,9 +15,9 @@ from server_app.strategies.framp import FrampStrategy
 class HeteroFLStrategy(FrampStrategy):
     """A client of capacity gamma trains the first ``ceil(sqrt(gamma) * C)`` channels of every layer of C.
 
-    Extraction: nested slices of the hidden channels, image channels and classes whole; the layers that a shortcut
+    Extraction: nested slices of the hidden channels, input channels and classes whole; the layers that a shortcut
     ties share one slice. Server: ``theta += sum_i m_i * Delta_i / sum_i m_i`` per element, 0 / 0 := 0, where the
-    m_i of a head's row leave out the clients without images of its class. The masks say what is covered; a Delta of
+    m_i of a head's row leave out the clients without examples of its class. The masks say what is covered; a Delta of
     zero still counts.
 
     Left out is the paper's scaler, which divides the activations of a slim network by its width before each

@@ -253,7 +253,7 @@ def test_the_report_says_what_the_numbers_mean(finished: RunFolder) -> None:
     assert f"FRAMP on digits, 6 rounds, seed {config.seed}" in text
     assert f"strength {config.evaluation.local_prior_strength:g}" in text
     assert "No class prior" not in text
-    assert "test images; no class prior added; 8 clients covered" in text
+    assert "test data; no class prior added; 8 clients covered" in text
     assert f"averaged over rounds (decay {config.server.averaging_decay:g}), round 6" in text
     assert "1 client of 13 never joined and took no part." in text
     assert "Joined in round" not in text
