@@ -82,6 +82,13 @@ def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
         ({"data.name": "mnist"}, "image-folder"),
         ({"server.weighting": "uniform"}, "such as 'modulated'"),
         ({"server.shared-optimizer": "adam"}, "server.shared-optimizer='sgd'"),
+        ({"local.optimizer": "adam", "local.momentum": 0.9}, "set momentum to 0"),
+        ({"data.name": "cora"}, "is a graph, which model.name='conv' does not fit; choose gcn, sage, gat"),
+        ({"data.name": "cora", "model.name": "gat"}, "'balanced-dirichlet' does not fit; choose metis, louvain"),
+        ({"model.name": "gcn"}, "is images, which model.name='gcn' does not fit; choose conv"),
+        ({"partition.scheme": "metis"}, "choose balanced-dirichlet"),
+        ({"graph.train-share": 0.7, "graph.validation-share": 0.3}, "leave no test nodes"),
+        ({"graph.neighbours": ""}, "neighbours"),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:
