@@ -13,7 +13,8 @@ class GraphBatch:
 
     Attributes:
         x: features of the nodes, or what a layer made of them, float32 ``(nodes, f)``.
-        edges: int64 ``(2, E)``, source and target of each edge, positions in ``x``; a message runs from source to target.
+        edges: int64 ``(2, E)``, source and target of each edge, positions in ``x``; a message runs from source to
+            target.
         seeds: int64 ``(b,)``, positions in ``x`` of the nodes that are classified.
     """
 
@@ -37,7 +38,7 @@ class GraphBatch:
 def propagate(batch: GraphBatch, hops: int) -> Tensor:
     """Parameter-free propagation ``(D^-1/2 (A + I) D^-1/2)^hops x`` (Wu et al. 2019, SGC), ``(nodes, f)``.
 
-    D is the degree matrix of A + I by incoming edges.
+    ``A[t, s]`` is the number of edges from s to t, and D the diagonal matrix of the row sums of A + I.
     """
     source, target = batch.edges
     degrees = torch.ones(len(batch.x), device=batch.x.device).index_add_(
