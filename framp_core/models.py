@@ -145,10 +145,10 @@ def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 def slim_groups(channels: int, kept: int, groups: int) -> int:
-    """Groups of GroupNorm (or heads of attention) where ``kept`` of ``channels`` channels are left, of ``groups`` groups at full width.
+    """Groups of GroupNorm where ``kept`` of ``channels`` channels are left, of ``groups`` groups at full width.
 
     As many channels per group as at full width; where they do not divide ``kept``, the largest number of groups that
-    does and is smaller.
+    does and is smaller. Attention heads are counted likewise.
     """
     return next(number for number in range(max(1, kept * groups // channels), 0, -1) if kept % number == 0)
 
