@@ -164,7 +164,9 @@ class ModelConfig(_Section):
     )
     widths: Counts = (16, 32, 64)
     normalisation: Literal["group", "batch-statistics", "none"] = Field(
-        "group", description="batch-statistics: batch norm by the batch at hand, in training and in test (FIARSE)"
+        "group",
+        description="group: GroupNorm over the channels of an image or a node; batch-statistics: batch norm by the "
+        "batch at hand, in training and in test (FIARSE), images only; none: no normalisation, as in every mlp",
     )
     groups: int = Field(8, ge=1, description="groups of GroupNorm")
     heads: int = Field(8, ge=1, description="attention heads of a layer (gat)")
@@ -178,6 +180,19 @@ class ModelConfig(_Section):
     )
     initialisation: Literal["he", "uniform"] = Field("he", description="uniform: PyTorch's own, biases too (FIARSE)")
     maskable_head_bias: bool = Field(False, description="rank and mask the head's bias like a weight (FIARSE)")
+
+    @model_validator(mode="after")
+    def _fits_the_architecture(self) -> Self:
+        if self.dropout and self.name not in GRAPH_MODELS:
+            raise ValueError(
+                f"model.dropout={self.dropout:g} is for graphs, and model.name={self.name!r} reads images; set it to 0"
+            )
+        if self.normalisation == "batch-statistics" and self.name in GRAPH_MODELS:
+            raise ValueError(
+                f"model.normalisation='batch-statistics' is for images, and model.name={self.name!r} reads a graph, "
+                f"whose nodes would then depend on which others are sampled; use 'group' or 'none'"
+            )
+        return self
 
     @property
     def batch_statistics(self) -> bool:

@@ -42,7 +42,7 @@ class GraphBatch:
 def propagate(batch: GraphBatch, hops: int) -> Tensor:
     """Parameter-free propagation ``(D^-1/2 (A + I) D^-1/2)^hops x`` (Wu et al. 2019, SGC), ``(nodes, f)``.
 
-    D is the degree matrix of A + I by incoming edges.
+    ``A[t, s]`` is the number of edges from s to t, and D the diagonal matrix of the row sums of A + I.
     """
     source, target = batch.edges
     scale = (1 + batch.in_degrees()).rsqrt()

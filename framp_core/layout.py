@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MASKABLE_LAYERS = (nn.Conv2d, nn.Linear)
 INPUT, CLASSES = "input", "classes"
-"""Channel groups that no submodel slices: the image (flattened or not), and the rows of the head."""
+"""Channel groups that no submodel slices: the image (flattened or not) or a node's features, and the head's rows."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ class ParameterSlot:
 
     Attributes:
         name: dotted name as in ``Module.named_parameters``.
-        shape: shape of the tensor; dimension 0 is the output channel.
-        fan_in: number of inputs that feed one output channel (1 for biases and norm parameters).
-        maskable: whether ranking and masking apply; convolution and linear weights are maskable, norm parameters and
-            biases (those that the network names apart) are always kept.
+        shape: shape of the tensor, ``(size,)`` if it is always kept; dimension 0 is the output channel.
+        fan_in: number of inputs that feed one output channel (1 for vectors).
+        maskable: whether ranking and masking apply: to a parameter called ``weight`` of two or more dimensions, which
+            convolutions and linear layers have. Norm parameters, attention vectors and biases (but for those that the
+            network names) are always kept.
         offset: position of the first element in the flat vector.
         coupling: channel groups of dimensions 0 and 1; None for a network that does not describe its channels.
     """
@@ -82,24 +82,22 @@ class ParameterLayout:
     def of(cls, model: nn.Module) -> "ParameterLayout":
         """Describe ``model``: one slot per parameter, in the order of ``named_parameters``.
 
+        What is always kept has one element per output channel, whatever its shape in the network (graph attention has
+        ``(1, heads, channels per head)``), and is described as a vector, so that it is sliced with its channels.
+
         A network whose submodels can be slices of channels has an attribute ``couplings``: the :class:`Coupling` of
         each layer with parameters, by the layer's dotted name. One whose biases are ranked like weights names their
         layers in ``maskable_biases``.
         """
         couplings: Mapping[str, Coupling] = getattr(model, "couplings", {})
-        maskable = {
-            f"{prefix}.weight" if prefix else "weight"
-            for prefix, layer in model.named_modules()
-            if isinstance(layer, MASKABLE_LAYERS)
-        }
-        maskable |= {f"{layer}.bias" for layer in getattr(model, "maskable_biases", ())}
+        biases = {f"{layer}.bias" for layer in getattr(model, "maskable_biases", ())}
         slots, offset = [], 0
         for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
-            fan_in = math.prod(shape[1:]) if name in maskable else 1
-            coupling = couplings.get(name.rpartition(".")[0])
-            slots.append(ParameterSlot(name, shape, fan_in, name in maskable, offset, coupling))
-            offset += math.prod(shape)
+            layer, _, own_name = name.rpartition(".")
+            maskable = name in biases or (own_name == "weight" and parameter.dim() > 1)
+            shape = tuple(parameter.shape) if maskable else (parameter.numel(),)
+            slots.append(ParameterSlot(name, shape, math.prod(shape[1:]), maskable, offset, couplings.get(layer)))
+            offset += parameter.numel()
         return cls(tuple(slots))
 
     @cached_property

@@ -1,7 +1,9 @@
 """Client architectures. Each is split into ``features`` and ``head``; penultimate features are an output."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Literal
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framp_core.config import ModelConfig
-from framp_core.errors import ModelError
+from framp_core.config import GRAPH_MODELS, ModelConfig
+from framp_core.errors import ConfigError, ModelError
+from framp_core.graph_batch import GraphBatch, Inputs
 from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout, ParameterSlot
 from framp_core.randomness import stream
 
@@ -48,20 +51,24 @@ class BatchStatistics(nn.BatchNorm2d):
 class FeaturesAndHead(nn.Module):
     """A network f followed by a linear head, and early exits on the way if asked for.
 
-    An early exit is an average pool over the image and a linear layer. ScaleFL's released code puts three 3x3
-    convolutions in between; at the width of their stages these would hold 2.3 M weights beside the 11.2 M of a
-    ResNet-18, 0.11 M beside the 0.15 M of its first stage, and outweigh small networks outright.
+    An early exit is an average pool over the image, or the values of the nodes asked about, and a linear layer.
+    ScaleFL's released code puts three 3x3 convolutions in between; at the width of their stages these would hold 2.3 M
+    weights beside the 11.2 M of a ResNet-18, 0.11 M beside the 0.15 M of its first stage, and outweigh small networks
+    outright.
 
     The flat vector holds features, early exits and head in this order, so that the network which ends at an early exit
     is described by a part of it, in order: that exit is its head.
 
     Args:
-        features: maps a batch of inputs to penultimate features ``(batch, feature_size)``.
+        features: maps a batch of images, or a :class:`GraphBatch` of as many seeds, to penultimate features
+            ``(batch, feature_size)``.
         feature_size: width of the penultimate features.
         classes: number of classes.
         couplings: channel groups of every layer with parameters, for methods that slice channels; empty if unknown.
         early: channels that each early exit reads, by the position in ``features`` of the layer that writes them.
         maskable_head_bias: whether the head's bias is ranked and masked like a weight.
+        dropout: share of the penultimate features that the head does not see in training, likewise at early exits; the
+            features that are returned are whole.
 
     Attributes:
         maskable_biases: layers whose bias is maskable, see :meth:`framp_core.layout.ParameterLayout.of`.
@@ -76,31 +83,56 @@ class FeaturesAndHead(nn.Module):
         couplings: Mapping[str, Coupling] | None = None,
         early: Mapping[int, int] | None = None,
         maskable_head_bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.early = dict(early or {})
         self.features = features
         self.exits = nn.ModuleDict({str(place): nn.Linear(width, classes) for place, width in self.early.items()})
         self.head = nn.Linear(feature_size, classes)
+        self.dropout = nn.Dropout(dropout)
         self.feature_size = feature_size
         self.couplings = dict(couplings or {})
         self.maskable_biases = ("head",) if maskable_head_bias else ()
         self.batch_statistics = any(isinstance(layer, BatchStatistics) for layer in features.modules())
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return logits ``(batch, classes)`` and penultimate features ``(batch, feature_size)``."""
         features = self.features(inputs)
-        return self.head(features), features
+        return self.head(self.dropout(features)), features
 
-    def all_exits(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    def all_exits(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         """Return the logits of every exit, the head's last, and the penultimate features."""
         logits, hidden = [], inputs
         for place, layer in enumerate(self.features):
             hidden = layer(hidden)
             if place in self.early:
-                pooled = F.adaptive_avg_pool2d(hidden, 1).flatten(1) if hidden.dim() == 4 else hidden
-                logits.append(self.exits[str(place)](pooled))
-        return [*logits, self.head(hidden)], hidden
+                logits.append(self.exits[str(place)](self.dropout(_pooled(hidden))))
+        assert isinstance(hidden, Tensor)
+        return [*logits, self.head(self.dropout(hidden))], hidden
+
+
+def _pooled(hidden: Inputs) -> Tensor:
+    """What an early exit reads of a hidden layer, ``(batch, channels)``."""
+    if isinstance(hidden, GraphBatch):
+        return hidden.at_seeds()
+    return F.adaptive_avg_pool2d(hidden, 1).flatten(1) if hidden.dim() == 4 else hidden
+
+
+class Block(nn.Module, ABC):
+    """Several layers that stand as one in ``features``, and that say themselves which channels they share.
+
+    This class is meant to be subclassed.
+    """
+
+    @abstractmethod
+    def couplings(self, name: str, inputs: str) -> dict[str, Coupling]:
+        """Channel groups of the block's layers with parameters, the layer that writes the block's output last.
+
+        Args:
+            name: dotted name of the block.
+            inputs: channel group that the block reads.
+        """
 
 
 def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -116,7 +148,7 @@ def slim_groups(channels: int, kept: int, groups: int) -> int:
     """Groups of GroupNorm where ``kept`` of ``channels`` channels are left, of ``groups`` groups at full width.
 
     As many channels per group as at full width; where they do not divide ``kept``, the largest number of groups that
-    does and is smaller.
+    does and is smaller. Attention heads are counted likewise.
     """
     return next(number for number in range(max(1, kept * groups // channels), 0, -1) if kept % number == 0)
 
@@ -141,7 +173,7 @@ def mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Block):
     """Residual block of two 3x3 convolutions (He et al. 2016), post-activation, 1x1 shortcut where shapes change."""
 
     def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
@@ -160,12 +192,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
 
     def couplings(self, name: str, inputs: str) -> dict[str, Coupling]:
-        """Channel groups of the block's layers; an identity shortcut ties the block's output to its input.
-
-        Args:
-            name: dotted name of the block.
-            inputs: channel group that the block reads.
-        """
+        """See :meth:`Block.couplings`; an identity shortcut ties the block's output to its input."""
         hidden, output = f"{name}.hidden", inputs if isinstance(self.shortcut, nn.Identity) else f"{name}.output"
         layers = {
             "conv1": Coupling(hidden, inputs),
@@ -194,20 +221,20 @@ def resnet18(channels: int, widths: Sequence[int], norms: Sequence[Norm]) -> nn.
 
 
 def _stage_ends(features: nn.Sequential) -> list[int]:
-    """Positions of the layers that end a stage: every second residual block; without such blocks, every ReLU."""
-    blocks = [place for place, layer in enumerate(features) if isinstance(layer, BasicBlock)]
-    return blocks[1::2] or [place for place, layer in enumerate(features) if isinstance(layer, nn.ReLU)]
+    """Positions of the layers that end a stage: every second residual block, or every ReLU, or every graph layer."""
+    residual = [place for place, layer in enumerate(features) if isinstance(layer, BasicBlock)]
+    return residual[1::2] or [place for place, layer in enumerate(features) if isinstance(layer, nn.ReLU | Block)]
 
 
 def _couplings(features: nn.Sequential, early: Mapping[int, int]) -> dict[str, Coupling]:
-    """Channel groups of the architectures of this file: every convolution or linear layer opens one."""
+    """Channel groups of all layers: every convolution or linear layer opens one, and blocks say theirs."""
     couplings: dict[str, Coupling] = {}
     group = INPUT
     for child, layer in features.named_children():
         name = f"features.{child}"
-        if isinstance(layer, BasicBlock):
+        if isinstance(layer, Block):
             couplings |= layer.couplings(name, group)
-            group = couplings[f"{name}.conv2"].rows
+            group = couplings[next(reversed(couplings))].rows
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             couplings[name] = Coupling(name, group)
             group = name
@@ -219,36 +246,65 @@ def _couplings(features: nn.Sequential, early: Mapping[int, int]) -> dict[str, C
 
 
 def build_model(
-    config: ModelConfig, input_shape: tuple[int, int, int], classes: int, kept: Sequence[int] | None = None
+    config: ModelConfig, input_shape: tuple[int, ...], classes: int, kept: Sequence[int] | None = None
 ) -> FeaturesAndHead:
     """Build the client architecture.
 
     Args:
-        config: name, widths, normalisation and exits.
-        input_shape: channels, height and width of an image.
+        config: the whole section ``model``.
+        input_shape: channels, height and width of an image, or the number of a node's features alone.
         classes: number of classes of the head.
         kept: channels left of each of ``config.widths``, for a slimmer network of the same architecture whose
-            normalisation groups are those of :func:`slim_groups`; of the first ones alone for a network that ends at
-            an early exit. None builds the full one.
+            normalisation groups and attention heads are those of :func:`slim_groups`; of the first ones alone for a
+            network that ends at an early exit. None builds the full one.
 
     Raises:
-        ModelError: the widths do not fit the architecture or the groups, or there are more exits than stages.
+        ModelError: the shape does not fit the architecture, the widths do not fit it or the groups or heads, or there
+            are more exits than stages.
+        ConfigError: a graph network is asked for, and PyTorch Geometric is not installed.
     """
-    channels, height, width = input_shape
     stages = len(config.widths)
     _require_stages(config)
     widths = config.widths if kept is None else tuple(kept)
-    norms = _norms(config, widths)
-    if config.name == "conv":
-        features = conv_net(channels, widths, norms, min(height, width))
-    elif config.name == "resnet18":
-        features = resnet18(channels, widths, norms)
-    else:
-        features = mlp(channels * height * width, widths)
+    features = _features(config, input_shape, widths)
     ends = list(zip(_stage_ends(features), widths, strict=True))[:-1]
     early = dict(ends[stages - (config.exits or stages) :])
     couplings = _couplings(features, early)
-    return FeaturesAndHead(features, widths[-1], classes, couplings, early, config.maskable_head_bias)
+    return FeaturesAndHead(features, widths[-1], classes, couplings, early, config.maskable_head_bias, config.dropout)
+
+
+def _features(config: ModelConfig, input_shape: tuple[int, ...], widths: Sequence[int]) -> nn.Sequential:
+    norms = _norms(config, widths)
+    if config.name in GRAPH_MODELS:
+        return _graph_features(config, input_shape, widths, norms)
+    if len(input_shape) != 3:
+        raise ModelError(
+            f"model.name={config.name!r} reads images (channels, height, width), and an example has the shape "
+            f"{input_shape}; for the nodes of a graph choose {', '.join(GRAPH_MODELS)}"
+        )
+    channels, height, width = input_shape
+    if config.name == "conv":
+        return conv_net(channels, widths, norms, min(height, width))
+    if config.name == "resnet18":
+        return resnet18(channels, widths, norms)
+    return mlp(channels * height * width, widths)
+
+
+def _graph_features(
+    config: ModelConfig, input_shape: tuple[int, ...], widths: Sequence[int], norms: Sequence[Norm]
+) -> nn.Sequential:
+    if len(input_shape) != 1:
+        raise ModelError(
+            f"model.name={config.name!r} reads nodes of (features,), and an example has the shape {input_shape}; "
+            f"for images choose conv, resnet18, mlp"
+        )
+    if find_spec("torch_geometric") is None:
+        raise ConfigError(
+            f"model.name={config.name!r} needs PyTorch Geometric, which is not installed: pip install 'framp[graph]'"
+        )
+    from framp_core.graph_models import graph_net
+
+    return graph_net(config, input_shape[0], widths, norms)
 
 
 def _require_stages(config: ModelConfig) -> None:
@@ -266,6 +322,8 @@ def _norms(config: ModelConfig, widths: Sequence[int]) -> list[Norm]:
     """The normalisation of each of ``config.widths``, of which ``widths`` channels are left."""
     if config.batch_statistics:
         return [BatchStatistics] * len(widths)
+    if config.normalisation == "none":
+        return [nn.Identity] * len(widths)
     return [
         partial(_group_norm, groups=config.groups if left == full else slim_groups(full, left, config.groups))
         for full, left in zip(config.widths[: len(widths)], widths, strict=True)
@@ -277,7 +335,10 @@ def initial_parameters(model: nn.Module, seed: int, initialisation: Literal["he"
 
     ``he``: convolution and linear weights N(0, 2 / fan_in) (He et al. 2015), head and exits N(0, 1 / fan_in), biases 0.
     ``uniform``: these weights and their biases U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), fan_in that of the weight:
-    what PyTorch's layers start with, and FIARSE.
+    what PyTorch's layers start with, and FIARSE. A bias that is no part of its weight's layer starts at 0 (``gcn``,
+    ``gat``), as do attention vectors: at first every node attends to all its neighbours alike. There ``att_src`` has a
+    gradient and ``att_dst`` has none, since all that it could do is to shift the logits of a softmax; it gets one as
+    soon as ``att_src`` has moved.
     """
     values = []
     slots = ParameterLayout.of(model).slots
@@ -303,7 +364,8 @@ class FlatModel:
     """A network whose parameters and gradients are views of two flat vectors.
 
     Writing ``flat`` changes the network, and ``backward`` fills ``flat_gradient``; masking a submodel is then one
-    multiplication, and neither the network nor autograd knows of it.
+    multiplication, and neither the network nor autograd knows of it. The network is in eval mode: who wants its dropout
+    says ``model.train()`` for the time.
 
     Attributes:
         model: the network.
@@ -312,14 +374,14 @@ class FlatModel:
     """
 
     def __init__(self, model: FeaturesAndHead, device: torch.device | str = "cpu") -> None:
-        self.model = model.to(device)
+        self.model = model.to(device).eval()
         self.layout = ParameterLayout.of(model)
         self.flat = nn.Parameter(torch.zeros(self.layout.size, device=device))
         self.flat.grad = torch.zeros_like(self.flat)
         values, gradients = self.layout.split(self.flat.data), self.layout.split(self.flat.grad)
         for parameter, value, gradient in zip(model.parameters(), values, gradients, strict=True):
-            parameter.data = value
-            parameter.grad = gradient
+            parameter.data = value.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -332,11 +394,11 @@ class FlatModel:
         with torch.no_grad():
             self.flat.copy_(parameters)
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Logits of the head and penultimate features of a batch."""
         logits, features = self.model(inputs)
         return logits, features
 
-    def all_exits(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    def all_exits(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         """Logits of every exit, the head's last, and penultimate features of a batch."""
         return self.model.all_exits(inputs)

@@ -22,7 +22,7 @@ class HeteroFLStrategy(FrampStrategy):
 
     Left out is the paper's scaler, which divides the activations of a slim network by its width before each
     normalisation in training: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, and so do batch statistics, so
-    that here it would do nothing.
+    that here it would do nothing. Without normalisation it would rescale, and is left out as well.
     The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` the other published settings
     come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows, :meth:`covered` that for other
     averages.

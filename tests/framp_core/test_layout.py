@@ -2,12 +2,15 @@ import copy
 import math
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from framp_core.config import ModelConfig
 from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout
+from framp_core.models import build_model
 
 
 def small_network() -> nn.Module:
@@ -38,6 +41,39 @@ def test_vectors_repeat_the_slot_of_each_element():
 def test_grouped_convolution_counts_the_inputs_of_its_group():
     layout = ParameterLayout.of(nn.Conv2d(8, 8, 3, groups=8))
     assert [(slot.name, slot.fan_in) for slot in layout.slots] == [("weight", 9), ("bias", 1)]
+
+
+IMAGE_NETWORKS = [
+    ModelConfig(widths=(8, 16), exits=0),
+    ModelConfig(name="resnet18", widths=(8, 8, 16, 16), maskable_head_bias=True),
+    ModelConfig(name="resnet18", widths=(8, 8, 16, 16), normalisation="batch-statistics", exits=2),
+    ModelConfig(name="mlp", widths=(7, 6), exits=0),
+]
+
+
+@pytest.mark.parametrize("config", IMAGE_NETWORKS, ids=lambda config: config.name)
+def test_maskable_are_the_weights_of_convolutions_and_linear_layers(config):
+    """By the layers' types, and every shape as PyTorch has it: images know no other always-kept ones than vectors."""
+    model = build_model(config, (3, 8, 8), 5)
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    maskable = {f"{name}.weight" for name in layers} | ({"head.bias"} if config.maskable_head_bias else set())
+    offset = 0
+    for slot, (name, parameter) in zip(ParameterLayout.of(model).slots, model.named_parameters(), strict=True):
+        fan_in = parameter[0].numel() if name in maskable else 1
+        expected = (name, tuple(parameter.shape), fan_in, name in maskable, offset)
+        assert (slot.name, slot.shape, slot.fan_in, slot.maskable, slot.offset) == expected
+        offset += parameter.numel()
+
+
+def test_what_is_always_kept_is_a_vector_over_its_channels():
+    model = nn.Linear(3, 6)
+    model.attention = nn.Parameter(torch.zeros(1, 2, 3))
+    slots = ParameterLayout.of(model).slots
+    assert {slot.name: (slot.shape, slot.fan_in, slot.maskable) for slot in slots} == {
+        "weight": ((6, 3), 3, True),
+        "bias": ((6,), 1, False),
+        "attention": ((6,), 1, False),
+    }
 
 
 @settings(derandomize=True, deadline=None)

@@ -141,6 +141,34 @@ def test_every_normalisation_is_group_norm():
     assert len(norms) == 1 + 8 * 2 + 3
 
 
+@pytest.mark.parametrize("name", ["conv", "resnet18"])
+def test_without_normalisation_the_convolutions_stay_where_they_are(name):
+    """It computes what the grouped network does once its norms let everything through."""
+    grouped, plain = (
+        build_model(TINY[name].model_copy(update={"normalisation": each}), (3, 8, 8), 5) for each in ("group", "none")
+    )
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in plain.modules())
+    slots = {slot.name: slot for slot in ParameterLayout.of(grouped).slots}
+    for slot in ParameterLayout.of(plain).slots:
+        assert (slot.shape, slot.coupling, slot.maskable) == (
+            slots[slot.name].shape,
+            slots[slot.name].coupling,
+            slots[slot.name].maskable,
+        )
+    assert {slot.name for slot in ParameterLayout.of(plain).slots} == {
+        name for name, slot in slots.items() if slot.maskable or name == "head.bias"
+    }
+    for module in grouped.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.forward = lambda inputs: inputs
+    plain.load_state_dict(grouped.state_dict(), strict=False)
+    assert torch.equal(plain(images(2, 3, 8, 8))[0], grouped(images(2, 3, 8, 8))[0])
+
+
+def test_flat_models_are_in_eval_mode():
+    assert not any(layer.training for layer in FlatModel(build_model(TINY["resnet18"], (3, 8, 8), 5)).model.modules())
+
+
 def couplings(config: ModelConfig) -> dict[str, tuple[str, str]]:
     """Groups of rows and columns of every weight of more than one dimension."""
     slots = ParameterLayout.of(build_model(config, (3, 8, 8), 5)).slots
