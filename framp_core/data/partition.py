@@ -145,7 +145,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     _require_images(test_counts, settings, "test")
     train = _deal(train_labels, counts, stream(seed, "partition-deal", "train"))
     test = _deal(test_labels, test_counts, stream(seed, "partition-deal", "test"))
-    capacities = _capacities(config.capacity, settings, seed)
+    fractions = capacities(config.capacity, settings, seed)
     features = feature_shifts(settings, seed)
     concepts = concept_shifts(settings, classes, seed)
     clients = []
@@ -153,7 +153,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
         kept, validation = _split_validation(own_train, settings.validation_fraction, seed, index)
         role: Literal["train", "unseen"] = "train" if index < settings.clients else "unseen"
         held = (kept, validation, own_test)
-        clients.append(ClientSplit(_name(index), role, capacities[index], *held, features[index], concepts[index]))
+        clients.append(ClientSplit(client_name(index), role, fractions[index], *held, features[index], concepts[index]))
     nested = config.to_nested()
     return Partition(
         clients=tuple(clients),
@@ -163,7 +163,8 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     )
 
 
-def _name(index: int) -> str:
+def client_name(index: int) -> str:
+    """Name of a client, such as ``client-0007``."""
     return f"client-{index:04d}"
 
 
@@ -281,7 +282,7 @@ def _require_images(counts: np.ndarray, settings: PartitionConfig, kind: str) ->
     if len(without):
         larger_alpha = ", a larger partition.alpha" if settings.scheme.endswith("dirichlet") else ""
         raise DataError(
-            f"{_name(without[0])} and {len(without) - 1} other clients would have no {kind} image of the "
+            f"{client_name(without[0])} and {len(without) - 1} other clients would have no {kind} image of the "
             f"{counts.sum()} divided over {settings.nodes} clients by scheme {settings.scheme!r}; "
             f"choose fewer partition.clients and unseen-clients{larger_alpha}, another seed, or more images"
         )
@@ -303,12 +304,12 @@ def _split_validation(indices: np.ndarray, fraction: float, seed: int, client: i
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
-def _capacities(config: CapacityConfig, settings: PartitionConfig, seed: int) -> list[Fraction]:
+def capacities(config: CapacityConfig, settings: PartitionConfig, seed: int) -> list[Fraction]:
     """Equal shares of the sizes (within one client) in each role."""
-    capacities: list[Fraction] = []
+    fractions: list[Fraction] = []
     for role, count in (("train", settings.clients), ("unseen", settings.unseen_clients)):
         shares = np.arange(count) * len(config.sizes) // max(count, 1)
         if config.assignment == "shuffled":
             shares = stream(seed, "capacity", role).permutation(shares)
-        capacities += [config.sizes[share] for share in shares]
-    return capacities
+        fractions += [config.sizes[share] for share in shares]
+    return fractions

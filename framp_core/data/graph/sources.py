@@ -1,0 +1,264 @@
+"""Graphs with labelled nodes as memory-mapped arrays: citation graphs, digits, or a file of the user's own."""
+
+import contextlib
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from sklearn.datasets import load_digits
+
+from framp_core.config import DataConfig, GraphConfig
+from framp_core.data.cache import cached, file_stamps
+from framp_core.data.graph.checks import RawGraph, checked, tidied
+from framp_core.data.graph.extra import extra
+from framp_core.data.graph.neighbours import starts_of
+from framp_core.errors import DataError
+
+DIGITS_NEIGHBOURS = 10
+"""Nearest neighbours that a digit is connected to in ``graph-digits``."""
+
+_PLANETOID = {"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}
+_PLANETOID_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+_ARXIV_FILES = tuple(f"{name}.csv.gz" for name in ("edge", "num-node-list", "num-edge-list", "node-feat", "node-label"))
+_ARXIV_NAMES = "labelidx2arxivcategeory.csv.gz"
+_ARXIV_URL = "http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip"
+_SAVED = ("x", "edge_index", "y")
+_NAMES = "class_names"
+
+
+@dataclass(frozen=True, eq=False)
+class GraphData:
+    """A graph whose nodes have features and labels.
+
+    Attributes:
+        features: float32 ``(N, F)``, a read-only memory map.
+        edges: int64 ``(2, E)``, source and target of each edge, sorted by (target, source), each edge once, none from
+            a node to itself; an undirected graph has every edge in both directions.
+        labels: int64 ``(N,)`` in [0, number of classes); a class may have no nodes.
+        class_names: name of each label.
+    """
+
+    features: np.ndarray
+    edges: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """N, the number of nodes."""
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(features,) of a node."""
+        return (self.features.shape[1],)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The edges into node v are columns ``starts[v]`` up to ``starts[v + 1]`` of ``edges``; int64 ``(N + 1,)``."""
+        return starts_of(self.edges[1], len(self))
+
+
+def load_graph(data: DataConfig, graph: GraphConfig) -> GraphData:
+    """Open a graph, decoding it into the cache on first use. Nothing is drawn at random, downloaded, or written.
+
+    - ``cora``, ``citeseer``, ``pubmed``: the Planetoid files in ``root/Cora/raw`` and so on, where PyG puts them,
+      read by PyG's own reader. Features are scaled to sum 1 per node as PyG's ``NormalizeFeatures`` does. The 15
+      nodes of CiteSeer without features or label are of class 0, as in PyG. The files are pickles: take them from
+      where you trust.
+    - ``ogbn-arxiv``: the csv files in ``root/ogbn_arxiv/raw``, read by ogb's reader of raw files. Classes have the
+      names of ``root/ogbn_arxiv/mapping`` if that is there.
+    - ``graph-digits``: the 1797 digits of scikit-learn, pixels / 16 as features, with an edge to each digit from
+      each of its 10 nearest neighbours.
+    - ``graph-file``: ``root`` is an .npz or .safetensors file with arrays ``x`` (N, F), ``edge_index`` (2, E) and
+      ``y`` (N,) or (N, 1); an .npz may hold ``class_names`` too. Other arrays are ignored.
+
+    All of them: edges from a node to itself and repeated edges are dropped; ``graph.undirected`` adds the reverse of
+    every edge; ``graph.largest_component`` keeps that component alone.
+
+    Args:
+        data: which graph, from where; ``name``, ``root`` and ``cache`` are used.
+        graph: ``undirected`` and ``largest_component`` are used.
+
+    Raises:
+        DataError: files are missing or damaged, or :func:`~framp_core.data.graph.checks.checked` refuses them.
+        ConfigError: a package of the extra ``graph`` is not installed.
+    """
+    identity, read = _source(data)
+    options = {"undirected": graph.undirected, "largest_component": graph.largest_component}
+
+    def build(folder: Path) -> None:
+        ready = tidied(checked(read(), repr(data.root or data.name)), **options)
+        for name, array in (("features", ready.x), ("edges", ready.edge_index), ("labels", ready.y)):
+            np.save(folder / f"{name}.npy", np.ascontiguousarray(array))
+        (folder / "facts.json").write_text(json.dumps({"class_names": ready.class_names}), encoding="utf-8")
+
+    return _open(cached(data.cache, {"name": data.name, **identity, **options}, build))
+
+
+def _source(data: DataConfig) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
+    """What the graph depends on besides its name and options, and how to read it."""
+    if data.name == "graph-digits":
+        return {}, _digits
+    if not data.root:
+        kind = "file" if data.name == "graph-file" else "folder of its files"
+        raise DataError(f"data.root is empty; data set {data.name!r} needs the absolute {kind}")
+    root = Path(data.root)
+    if data.name == "graph-file":
+        return {"root": str(root), "files": _stamps(root.parent, [root], _HOW_TO_SAVE)}, lambda: _file(root)
+    return _planetoid(data.name, root) if data.name in _PLANETOID else _arxiv(root)
+
+
+def _stamps(root: Path, files: list[Path], help_text: str) -> list[tuple[str, int, int]]:
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise DataError(f"{', '.join(map(repr, missing))} is missing in {str(files[0].parent)!r}: {help_text}")
+    return file_stamps(root, files)
+
+
+# --- graphs that come with a data set ---------------------------------------------------------------------------
+
+
+def _digits() -> RawGraph:
+    pixels, labels = load_digits(return_X_y=True)
+    lengths = (pixels**2).sum(axis=1)
+    # Whole numbers, so exact: which of two equally near digits is chosen must not depend on the machine.
+    distances = lengths[:, None] + lengths - 2 * pixels @ pixels.T
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :DIGITS_NEIGHBOURS]
+    targets = np.repeat(np.arange(len(pixels)), DIGITS_NEIGHBOURS)
+    return RawGraph(pixels / 16, np.stack([nearest.ravel(), targets]), labels)
+
+
+def _planetoid(name: str, root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
+    folder = root / _PLANETOID[name] / "raw"
+    files = [folder / f"ind.{name}.{part}" for part in _PLANETOID_PARTS]
+    help_text = (
+        f"the Planetoid files of {name} must lie in {str(folder)!r}; data.root is {str(root)!r}. To download them: "
+        f'python -c "from torch_geometric.datasets import Planetoid; Planetoid({str(root)!r}, {_PLANETOID[name]!r})"'
+    )
+
+    def read() -> RawGraph:
+        reader, transforms = extra("torch_geometric.io"), extra("torch_geometric.transforms")
+        try:
+            graph = transforms.NormalizeFeatures()(reader.read_planetoid_data(str(folder), name))
+        except Exception as error:  # Damaged pickles may raise almost anything.
+            raise DataError(f"{name} is damaged ({error!r}): {help_text}") from error
+        return RawGraph(graph.x.numpy(), graph.edge_index.numpy(), graph.y.numpy())
+
+    return {"root": str(root), "files": _stamps(root, files, help_text)}, read
+
+
+def _arxiv(root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
+    folder, names = root / "ogbn_arxiv" / "raw", root / "ogbn_arxiv" / "mapping" / _ARXIV_NAMES
+    files = [folder / name for name in _ARXIV_FILES]
+    help_text = (
+        f"the raw files of ogbn-arxiv must lie in {str(folder)!r}; data.root is {str(root)!r}. Download {_ARXIV_URL}, "
+        f"unpack it there, and rename the folder 'arxiv' to 'ogbn_arxiv'"
+    )
+
+    def read() -> RawGraph:
+        reader, pandas = _ogb_reader(), extra("pandas")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                (graph,) = reader.read_csv_graph_raw(str(folder))
+            labels = pandas.read_csv(folder / "node-label.csv.gz", header=None).to_numpy()
+            named = tuple(pandas.read_csv(names).iloc[:, 1].astype(str)) if names.is_file() else None
+        except Exception as error:  # Damaged tables may raise almost anything.
+            raise DataError(f"ogbn-arxiv is damaged ({error!r}): {help_text}") from error
+        return RawGraph(graph["node_feat"], graph["edge_index"], labels, named)
+
+    stamps = _stamps(root, files, help_text) + (file_stamps(root, [names]) if names.is_file() else [])
+    return {"root": str(root), "files": stamps}, read
+
+
+def _ogb_reader() -> Any:
+    """ogb's reader of raw files.
+
+    On its first import ogb starts a thread that asks a server for ogb's newest version, unless the package ``outdated``
+    cannot be imported; so it cannot, for that moment.
+    """
+    if "ogb" in sys.modules:
+        return extra("ogb.io.read_graph_raw")
+    with _hidden("outdated"):
+        return extra("ogb.io.read_graph_raw")
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    modules: dict[str, Any] = sys.modules
+    before = {name: loaded for name, loaded in modules.items() if name == module}
+    modules[module] = None
+    try:
+        yield
+    finally:
+        del modules[module]
+        modules.update(before)
+
+
+# --- a file of the user's own -------------------------------------------------------------------------------------
+
+_HOW_TO_SAVE = (
+    "data.root of graph-file is an .npz or .safetensors file. To save a PyG graph `data` as one: "
+    "np.savez('graph.npz', x=data.x, edge_index=data.edge_index, y=data.y)"
+)
+
+
+def _file(path: Path) -> RawGraph:
+    readers = {".npz": _npz, ".safetensors": _safetensors}
+    if path.suffix not in readers:
+        raise DataError(f"{str(path)!r} is neither .npz nor .safetensors: {_HOW_TO_SAVE}")
+    try:
+        held, arrays = readers[path.suffix](path)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise DataError(f"{str(path)!r} cannot be read ({error}): {_HOW_TO_SAVE}") from error
+    missing = [name for name in _SAVED if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{str(path)!r} holds {', '.join(map(repr, sorted(held))) or 'nothing'}, and not "
+            f"{', '.join(map(repr, missing))}; expected arrays 'x', 'edge_index' and 'y': {_HOW_TO_SAVE}"
+        )
+    names = arrays.get(_NAMES)
+    named = None if names is None else tuple(map(str, names.ravel()))
+    return RawGraph(arrays["x"], arrays["edge_index"], arrays["y"], named)
+
+
+def _npz(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    with np.load(path, allow_pickle=False) as archive:
+        return archive.files, {name: archive[name] for name in (*_SAVED, _NAMES) if name in archive.files}
+
+
+def _safetensors(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    with safe_open(path, framework="pt") as archive:
+        held = list(archive.keys())
+        tensors = {name: archive.get_tensor(name) for name in _SAVED if name in held}
+    # NumPy has no bfloat16.
+    arrays = {name: (value.float() if value.is_floating_point() else value) for name, value in tensors.items()}
+    return held, {name: value.numpy() for name, value in arrays.items()}
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _open(folder: Path) -> GraphData:
+    try:
+        # A plain array over the map: indexing a np.memmap is several times slower.
+        features, edges, labels = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("features", "edges", "labels")
+        )
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the cached graph in {str(folder)!r} is damaged ({error}); delete that folder") from error
+    return GraphData(features, edges, labels, tuple(facts["class_names"]))
