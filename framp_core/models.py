@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Literal
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framp_core.config import GRAPH_MODELS, ModelConfig
-from framp_core.errors import ConfigError, ModelError
+from framp_core.errors import ModelError
+from framp_core.extra import extra
 from framp_core.graph_batch import GraphBatch, Inputs
 from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout, ParameterSlot
 from framp_core.randomness import stream
@@ -298,10 +298,7 @@ def _graph_features(
             f"model.name={config.name!r} reads nodes of (features,), and an example has the shape {input_shape}; "
             f"for images choose conv, resnet18, mlp"
         )
-    if find_spec("torch_geometric") is None:
-        raise ConfigError(
-            f"model.name={config.name!r} needs PyTorch Geometric, which is not installed: pip install 'framp[graph]'"
-        )
+    extra("torch_geometric.nn")
     from framp_core.graph_models import graph_net
 
     return graph_net(config, input_shape[0], widths, norms)

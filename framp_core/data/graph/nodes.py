@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framp_core.config import DataConfig, FrampConfig, GraphConfig
+from framp_core.config import DataConfig, FrampConfig, GraphConfig, LocalConfig
 from framp_core.data.examples import ClientData, Examples, batch_positions
 from framp_core.data.graph.neighbours import edges_within, sample_around, starts_of
 from framp_core.data.graph.partition import make_graph_partition
@@ -246,6 +246,8 @@ def client_data(config: FrampConfig, partition_id: int, partitions: int) -> Clie
         DataError: :func:`load_graph_partition` fails.
         ConfigError: a package of the extra ``graph`` is not installed.
     """
+    # How a client trains may change by the round; what it holds does not, and is kept once.
+    config = config.model_copy(update={"local": LocalConfig()})
     graph, partition = load_graph_partition(config, partitions)
     split, own = partition.clients[partition_id], _subgraphs(config, partitions)[partition_id]
 

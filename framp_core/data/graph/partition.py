@@ -10,11 +10,11 @@ from scipy import sparse
 
 from framp_core.config import FrampConfig, PartitionConfig
 from framp_core.data.cache import cached
-from framp_core.data.graph.extra import extra
 from framp_core.data.graph.sources import GraphData
 from framp_core.data.partition import ClientSplit, Partition, capacities, client_name
 from framp_core.data.shift import concept_shifts
 from framp_core.errors import DataError
+from framp_core.extra import extra
 from framp_core.randomness import stream
 from framp_core.rounding import largest_remainder
 

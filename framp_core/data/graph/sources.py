@@ -18,9 +18,9 @@ from sklearn.datasets import load_digits
 from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.cache import cached, file_stamps
 from framp_core.data.graph.checks import RawGraph, checked, tidied
-from framp_core.data.graph.extra import extra
 from framp_core.data.graph.neighbours import starts_of
 from framp_core.errors import DataError
+from framp_core.extra import extra
 
 DIGITS_NEIGHBOURS = 10
 """Nearest neighbours that a digit is connected to in ``graph-digits``."""
