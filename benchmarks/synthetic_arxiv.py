@@ -46,10 +46,12 @@ def _edges(rng: np.random.Generator, y: np.ndarray, edges: int) -> np.ndarray:
     weights = np.cumsum(rng.pareto(EXPONENT - 1, nodes) + 1)
     # Sources that are drawn from all nodes are of the target's class by chance.
     chance = np.bincount(y, np.diff(weights, prepend=0)) @ sizes / (weights[-1] * nodes)
-    inside = (HOMOPHILY - chance) / (1 - chance)
     pairs = np.empty((2, 0), dtype=np.int64)
     while pairs.shape[1] < edges:
         count = edges - pairs.shape[1]
+        # Pairs that are drawn again are mostly of one class, so what they leave open is as well.
+        lacking = (HOMOPHILY * edges - np.count_nonzero(y[pairs[0]] == y[pairs[1]])) / count
+        inside = np.clip((lacking - chance) / (1 - chance), 0, 1)
         target = np.minimum(np.searchsorted(weights, rng.random(count) * weights[-1], side="right"), nodes - 1)
         same = by_class[starts[y[target]] + (rng.random(count) * sizes[y[target]]).astype(np.int64)]
         source = np.where(rng.random(count) < inside, same, rng.integers(nodes, size=count))
