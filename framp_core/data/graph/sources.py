@@ -236,6 +236,8 @@ def _file(path: Path) -> RawGraph:
 
 
 def _npz(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not what np.savez writes")
     with np.load(path, allow_pickle=False) as archive:
         return archive.files, {name: archive[name] for name in (*_SAVED, _NAMES) if name in archive.files}
 

@@ -1,0 +1,384 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
+
+from framp_core.config import DataConfig, GraphConfig
+from framp_core.data.graph import load_graph
+from framp_core.data.graph.checks import RawGraph, checked, tidied
+from framp_core.errors import ConfigError, DataError
+
+
+def opened(tmp_path, name, root="", **options):
+    return load_graph(DataConfig(name=name, root=str(root), cache=str(tmp_path / "cache")), GraphConfig(**options))
+
+
+def pairs(edges):
+    return {(int(source), int(target)) for source, target in edges.T}
+
+
+# --- the form of a graph ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def raw_graphs(draw):
+    nodes = draw(st.integers(2, 8))
+    edges = draw(st.integers(0, 12))
+    return RawGraph(
+        draw(npst.arrays(np.float32, (nodes, 2), elements=st.floats(-9, 9, width=32))),
+        draw(npst.arrays(np.int64, (2, edges), elements=st.integers(0, nodes - 1))),
+        np.arange(nodes) % 2,
+    )
+
+
+def slow_component(edges, nodes):
+    """The largest component by repeated search, among equals the one with the first node."""
+    neighbours = {
+        node: {a for a, b in edges if b == node} | {b for a, b in edges if a == node} for node in range(nodes)
+    }
+    components = []
+    for start in range(nodes):
+        reached, grown = set(), {start}
+        while grown != reached:
+            reached = grown
+            grown = reached.union(*(neighbours[node] for node in reached))
+        components.append(sorted(reached))
+    return max(components, key=lambda members: (len(members), -members[0]))
+
+
+@given(raw_graphs(), st.booleans(), st.booleans())
+def test_edges_are_in_one_order_without_loops_and_repeats(raw, undirected, largest):
+    expected = {(a, b) for a, b in pairs(raw.edge_index) if a != b}
+    if undirected:
+        expected |= {(b, a) for a, b in expected}
+    kept = slow_component(expected, len(raw.x)) if largest else list(range(len(raw.x)))
+    numbers = {node: number for number, node in enumerate(kept)}
+    expected = {(numbers[a], numbers[b]) for a, b in expected if a in numbers}
+    graph = tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
+    assert [tuple(edge) for edge in graph.edge_index.T] == sorted(expected, key=lambda edge: edge[::-1])
+    np.testing.assert_array_equal(graph.x, raw.x[kept])
+    np.testing.assert_array_equal(graph.y, raw.y[kept])
+    assert (graph.x.dtype, graph.edge_index.dtype, graph.y.dtype) == (np.float32, np.int64, np.int64)
+
+
+def raw(x=None, edge_index=None, y=None, class_names=None):
+    return RawGraph(
+        np.eye(4) if x is None else np.array(x),
+        np.array([[0, 1], [1, 2]]) if edge_index is None else np.array(edge_index),
+        np.array([0, 1, 0, 1]) if y is None else np.array(y),
+        class_names,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"x": np.ones(4)}, r"x of here is float64 of shape \(4,\); expected numbers of shape \(nodes, features\)"),
+        ({"x": np.ones((4, 0))}, r"x of here is float64 of shape \(4, 0\)"),
+        ({"x": np.ones((4, 2), dtype=complex)}, "x of here is complex128"),
+        ({"x": [["a"], ["b"], ["c"], ["d"]]}, "x of here is <U1"),
+        ({"x": [[0, 1], [0, np.nan], [np.inf, 1], [0, 0]]}, "2 values that are not finite.* node 1, feature 1: nan"),
+        ({"x": [[0.0], [0], [0], [1e39]]}, r"not finite in float32, the first at node 3, feature 0: 1e\+39"),
+        ({"y": [0, 1, 0]}, "y of here has 3 labels and x 4 nodes: node 3 has no label"),
+        ({"y": [0, 1, 0, 1, 0]}, "y of here has 5 labels and x 4 nodes: label 4 belongs to no node"),
+        ({"y": np.eye(4)}, r"y of here has shape \(4, 4\); expected one label per node, \(4,\)"),
+        ({"y": [0, 1, 0.5, 1]}, "y of here is float64, node 0 has 0.0; expected whole numbers"),
+        ({"y": [0, 1, -1, 1]}, "node 2 has label -1; expected 0 to C - 1.* remove nodes without a label"),
+        ({"y": [0, 1, 7, 1]}, "node 2 has label 7; .*no more classes than the 4 nodes. Renumber"),
+        ({"y": np.array([0, 1, 2**64 - 1, 1], dtype=np.uint64)}, "node 2 has label 18446744073709551615"),
+        ({"y": [1, 1, 1, 1]}, "all nodes have label 1; expected two classes or more"),
+        ({"edge_index": [0, 1]}, r"edge_index of here has shape \(2,\); expected \(2, edges\)"),
+        ({"edge_index": [[0, 1], [1, 2], [2, 3]]}, r"shape \(3, 2\).*\(transpose it\)"),
+        ({"edge_index": [[0.0, 1], [1, 2]]}, "edge_index of here is float64; expected whole numbers"),
+        ({"edge_index": [[0, 1], [1, 4]]}, "edge 1 runs from node 1 to node 4, and the nodes of x are 0 to 3"),
+        ({"edge_index": [[0, -1], [1, 2]]}, "edge 1 runs from node -1 to node 2"),
+        ({"class_names": ("a",)}, "class_names of here are 1, 1 of them different, and y has labels up to 1"),
+        ({"class_names": ("a", "a")}, "class_names of here are 2, 1 of them different"),
+    ],
+)
+def test_what_is_no_graph_is_refused(given_, message):
+    with pytest.raises(DataError, match=message):
+        checked(raw(**given_), "here")
+
+
+def test_what_is_odd_and_allowed():
+    assert checked(raw(edge_index=np.empty((2, 0))), "here").edge_index.shape == (2, 0)
+    skipping = checked(raw(y=[0, 3, 0, 3]), "here")
+    assert skipping.class_names == ("0", "1", "2", "3")
+    column = checked(raw(y=[[0], [1], [0], [1]]), "here")
+    np.testing.assert_array_equal(column.y, [0, 1, 0, 1])
+    assert checked(raw(class_names=("a", "b", "nobody")), "here").class_names == ("a", "b", "nobody")
+
+
+# --- files of the user's own --------------------------------------------------------------------------------------
+
+ARRAYS = {
+    "x": np.random.default_rng(0).random((5, 3), dtype=np.float32),
+    "edge_index": np.array([[0, 1, 3, 3], [1, 2, 4, 3]]),
+    "y": np.array([0, 1, 0, 1, 2]),
+}
+
+
+def test_a_file_becomes_a_graph_of_memory_maps(tmp_path):
+    np.savez(tmp_path / "g.npz", **ARRAYS, class_names=["a", "b", "c"], more=np.array([object()]))
+    graph = opened(tmp_path, "graph-file", tmp_path / "g.npz")
+    assert (len(graph), graph.shape, graph.classes, graph.class_names) == (5, (3,), 3, ("a", "b", "c"))
+    np.testing.assert_array_equal(graph.features, ARRAYS["x"])
+    np.testing.assert_array_equal(graph.labels, ARRAYS["y"])
+    np.testing.assert_array_equal(graph.edges, [[1, 0, 2, 1, 4, 3], [0, 1, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(graph.starts, [0, 1, 3, 4, 5, 6])
+    for array in (graph.features, graph.edges, graph.labels):
+        assert isinstance(array.base, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_options_change_the_graph_and_the_cache_keeps_them_apart(tmp_path):
+    np.savez(tmp_path / "g.npz", **ARRAYS)
+    directed = opened(tmp_path, "graph-file", tmp_path / "g.npz", undirected=False)
+    assert pairs(directed.edges) == {(0, 1), (1, 2), (3, 4)}
+    largest = opened(tmp_path, "graph-file", tmp_path / "g.npz", largest_component=True)
+    assert pairs(largest.edges) == {(0, 1), (1, 0), (1, 2), (2, 1)}
+    np.testing.assert_array_equal(largest.features, ARRAYS["x"][:3])
+    assert largest.classes == 3
+    np.savez(tmp_path / "g.npz", **{**ARRAYS, "y": np.array([1, 0, 1, 0, 2])})
+    os.utime(tmp_path / "g.npz", ns=(1, 1))
+    assert opened(tmp_path, "graph-file", tmp_path / "g.npz").labels[0] == 1
+
+
+def test_a_saved_pyg_graph_is_read_from_either_format(tmp_path):
+    from torch_geometric.data import Data
+
+    tensors = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
+    data = Data(**tensors)
+    np.savez(tmp_path / "g.npz", x=data.x, edge_index=data.edge_index, y=data.y)
+    save_file({"x": data.x.bfloat16(), "edge_index": data.edge_index, "y": data.y}, tmp_path / "h.safetensors")
+    first, second = (
+        opened(tmp_path, "graph-file", tmp_path / "g.npz"),
+        opened(tmp_path, "graph-file", tmp_path / "h.safetensors"),
+    )
+    np.testing.assert_array_equal(first.edges, second.edges)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    np.testing.assert_array_equal(second.features, data.x.bfloat16().float())
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_missing_array_is_named_with_what_there_is(tmp_path, suffix):
+    file = tmp_path / f"g.{suffix}"
+    arrays = {"features": ARRAYS["x"], "edge_index": ARRAYS["edge_index"]}
+    np.savez(file, **arrays) if suffix == "npz" else save_numpy(arrays, file)
+    with pytest.raises(DataError, match=r"holds 'edge_index', 'features', and not 'x', 'y'.* np\.savez"):
+        opened(tmp_path, "graph-file", file)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("content", [b"", b"junk that is no graph", pickle.dumps({"x": 1})])
+def test_an_unreadable_file_is_refused(tmp_path, suffix, content):
+    file = tmp_path / f"g.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read .*np\.savez"):
+        opened(tmp_path, "graph-file", file)
+
+
+def test_pickled_arrays_and_single_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "g.npz", **{**ARRAYS, "x": np.array([[object()]] * 5)})
+    with pytest.raises(DataError, match=r"cannot be read .*allow_pickle=False"):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz")
+    np.save(tmp_path / "x.npy", ARRAYS["x"])
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(tmp_path, "graph-file", tmp_path / "x.npz")
+
+
+def test_a_path_that_is_no_graph_file_says_what_is_wanted(tmp_path):
+    for root, message in (
+        ("", "data.root is empty.*absolute file"),
+        (tmp_path / "absent.npz", "'absent.npz' is missing"),
+        (tmp_path, "is missing in"),
+    ):
+        with pytest.raises(DataError, match=message):
+            opened(tmp_path, "graph-file", root)
+    (tmp_path / "g.pt").touch()
+    with pytest.raises(DataError, match=r"neither \.npz nor \.safetensors"):
+        opened(tmp_path, "graph-file", tmp_path / "g.pt")
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    opened(tmp_path, "graph-digits")
+    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    (folder / "edges.npy").write_bytes(b"junk")
+    with pytest.raises(DataError, match=f"{folder.name}.* is damaged .* delete that folder"):
+        opened(tmp_path, "graph-digits")
+
+
+# --- graphs that come with a data set -----------------------------------------------------------------------------
+
+
+def test_digits_hear_their_nearest_neighbours(tmp_path):
+    pixels, labels = load_digits(return_X_y=True)
+    graph = opened(tmp_path, "graph-digits", undirected=False)
+    np.testing.assert_array_equal(graph.features, (pixels / 16).astype(np.float32))
+    np.testing.assert_array_equal(graph.labels, labels)
+    assert (np.bincount(graph.edges[1]) == 10).all()
+    assert (graph.edges[0] != graph.edges[1]).all()
+    lengths = np.linalg.norm(pixels[graph.edges[0]] - pixels[graph.edges[1]], axis=1).reshape(-1, 10)
+    # Equally near neighbours may be exchanged, so it is the distances that must agree with scikit-learn.
+    expected, _ = NearestNeighbors(n_neighbors=10).fit(pixels).kneighbors()
+    np.testing.assert_allclose(np.sort(lengths, axis=1), expected)
+    undirected = opened(tmp_path, "graph-digits")
+    assert pairs(undirected.edges) == pairs(graph.edges) | pairs(graph.edges[::-1])
+
+
+NODES = 520
+"""Of a ring in Planetoid's format, which sets 500 nodes aside for validation."""
+
+
+def write_planetoid(folder, name, test_nodes, nodes=NODES, classes=3):
+    """Files as Planetoid has them: allx and ally for all but the test nodes, tx and ty in the order of test.index."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    x, y = (
+        rng.integers(0, 2, (nodes, 4)).astype(np.float32),
+        np.eye(classes, dtype=np.int32)[np.arange(nodes) % classes],
+    )
+    x[0] = 0
+    known = min(test_nodes)
+    graph = {node: [(node + 1) % nodes, (node - 1) % nodes] for node in range(nodes)}
+    graph[0] += [0, 7]
+    graph[1].append(2)
+    parts = {"x": x[:2], "tx": x[test_nodes], "allx": x[:known]}
+    content = {part: scipy.sparse.csr_matrix(value) for part, value in parts.items()}
+    content |= {"y": y[:2], "ty": y[test_nodes], "ally": y[:known], "graph": graph}
+    for part, value in content.items():
+        (folder / f"ind.{name}.{part}").write_bytes(pickle.dumps(value, protocol=2))
+    (folder / f"ind.{name}.test.index").write_text("".join(f"{node}\n" for node in test_nodes))
+    return x, y.argmax(axis=1)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("cora", "Cora"), ("pubmed", "PubMed"), ("citeseer", "CiteSeer")])
+def test_planetoid_files_are_read_and_left_alone(tmp_path, name, folder):
+    x, y = write_planetoid(tmp_path / "data" / folder / "raw", name, test_nodes=[519, 517, 518])
+    before = sorted((tmp_path / "data").rglob("*"))
+    graph = opened(tmp_path, name, tmp_path / "data")
+    sums = x.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(graph.features, x / np.maximum(sums, 1), rtol=1e-6)
+    assert set(graph.features.sum(axis=1).round(6)) == {0.0, 1.0}
+    np.testing.assert_array_equal(graph.labels, y)
+    ring = {(node, (node + step) % NODES) for node in range(NODES) for step in (-1, 1)}
+    assert pairs(graph.edges) == ring | {(0, 7), (7, 0)}
+    assert sorted((tmp_path / "data").rglob("*")) == before
+
+
+def test_citeseer_nodes_without_features_are_class_0(tmp_path):
+    write_planetoid(tmp_path / "CiteSeer" / "raw", "citeseer", test_nodes=[519, 517])
+    graph = opened(tmp_path, "citeseer", tmp_path)
+    assert not graph.features[518].any()
+    assert graph.labels[518] == 0
+
+
+def test_missing_and_damaged_planetoid_files_are_named(tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    (tmp_path / "Cora" / "raw" / "ind.cora.graph").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"cora is damaged .*Planetoid files of cora must lie in"):
+        opened(tmp_path, "cora", tmp_path)
+    (tmp_path / "Cora" / "raw" / "ind.cora.graph").unlink()
+    with pytest.raises(DataError, match=r"'ind\.cora\.graph' is missing in .*Cora/raw.*data\.root is.*Planetoid\("):
+        opened(tmp_path, "cora", tmp_path)
+
+
+@pytest.mark.skipif("FRAMP_PLANETOID" not in os.environ, reason="FRAMP_PLANETOID is the folder around Cora/raw")
+def test_cora_is_what_everybody_calls_cora(tmp_path):
+    graph = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]))
+    assert (len(graph), graph.edges.shape, graph.shape, graph.classes) == (2708, (2, 2 * 5278), (1433,), 7)
+    assert sorted(np.bincount(graph.labels)) == [180, 217, 298, 351, 418, 426, 818]
+    same = (graph.labels[graph.edges[0]] == graph.labels[graph.edges[1]]).mean()
+    assert round(float(same), 2) == 0.81
+    largest = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]), largest_component=True)
+    assert (len(largest), largest.edges.shape[1]) == (2485, 2 * 5069)
+
+
+def write_arxiv(root, names=False):
+    """A tiny ogbn-arxiv in ogb's layout: gzipped tables without header, one graph."""
+    rng = np.random.default_rng(0)
+    tables = {
+        "edge": np.array([[0, 1], [1, 2], [2, 0], [4, 3]]),
+        "num-node-list": np.array([[5]]),
+        "num-edge-list": np.array([[4]]),
+        "node-feat": rng.standard_normal((5, 3)).round(6),
+        "node-label": np.array([[4], [0], [1], [2], [3]]),
+        "node_year": np.array([[2000]] * 5),
+    }
+    raw_folder = root / "ogbn_arxiv" / "raw"
+    raw_folder.mkdir(parents=True)
+    for name, table in tables.items():
+        pandas.DataFrame(table).to_csv(raw_folder / f"{name}.csv.gz", index=False, header=False)
+    if names:
+        (root / "ogbn_arxiv" / "mapping").mkdir()
+        mapping = pandas.DataFrame({"label idx": range(5), "arxiv category": [f"arxiv cs {c}" for c in "abcde"]})
+        mapping.to_csv(root / "ogbn_arxiv" / "mapping" / "labelidx2arxivcategeory.csv.gz", index=False)
+    return tables
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_arxiv_is_read_from_the_raw_tables(tmp_path, names, capfd):
+    tables = write_arxiv(tmp_path, names)
+    graph = opened(tmp_path, "ogbn-arxiv", tmp_path, undirected=False)
+    np.testing.assert_array_equal(graph.features, tables["node-feat"].astype(np.float32))
+    np.testing.assert_array_equal(graph.labels, tables["node-label"][:, 0])
+    assert pairs(graph.edges) == {(0, 1), (1, 2), (2, 0), (4, 3)}
+    assert graph.class_names == (tuple(f"arxiv cs {c}" for c in "abcde") if names else tuple("01234"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_and_damaged_arxiv_tables_are_named(tmp_path):
+    write_arxiv(tmp_path)
+    folder = tmp_path / "ogbn_arxiv" / "raw"
+    (folder / "edge.csv.gz").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"ogbn-arxiv is damaged .*arxiv\.zip"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+    (folder / "node-label.csv.gz").unlink()
+    with pytest.raises(DataError, match=r"'node-label\.csv\.gz' is missing in .*arxiv\.zip.*rename"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+QUIETLY = """
+import sys, threading
+started = []
+start = threading.Thread.start
+threading.Thread.start = lambda thread: (started.append(thread), start(thread))
+from framp_core.config import DataConfig, GraphConfig
+from framp_core.data.graph import load_graph
+assert not {"ogb", "torch_geometric", "pymetis", "networkx"} & set(sys.modules)
+load_graph(DataConfig(name="ogbn-arxiv", root=sys.argv[1], cache=sys.argv[2]), GraphConfig())
+assert "ogb" in sys.modules and "outdated" not in sys.modules
+# tqdm, which ogb uses, watches its own bars in a thread.
+assert not [thread for thread in started if type(thread).__module__ != "tqdm._monitor"], started
+"""
+
+
+def test_reading_arxiv_asks_no_server_and_says_nothing(tmp_path):
+    write_arxiv(tmp_path)
+    command = [sys.executable, "-c", QUIETLY, str(tmp_path), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_is_not_installed_is_named_with_how_to_install_it(tmp_path, monkeypatch):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
+    with pytest.raises(ConfigError, match=r"torch_geometric\.io .*pip install 'framp\[graph\]'"):
+        opened(tmp_path, "cora", tmp_path)
