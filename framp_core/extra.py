@@ -17,6 +17,7 @@ def extra(module: str) -> Any:
         with warnings.catch_warnings():
             # What these packages use of torch that is on its way out is not for our users to mend.
             warnings.simplefilter("ignore", FutureWarning)
+            importlib.import_module(module.partition(".")[0])
             return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"this needs {module} ({error}); install it with: pip install 'framp[graph]'") from error

@@ -6,6 +6,7 @@ that images need no PyTorch Geometric.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from framp_core.graph_batch import GraphBatch
 from framp_core.layout import Coupling
 from framp_core.models import Block, Norm, slim_groups
 
+_READS: dict[str, Literal["convolution", "mean", "edges"]] = {"gcn": "convolution", "sage": "mean", "gat": "edges"}
 LINEAR = ("lin", "lin_l", "lin_r")
 """What PyTorch Geometric calls the linear layers within these convolutions."""
 
@@ -24,9 +26,9 @@ LINEAR = ("lin", "lin_l", "lin_r")
 class GraphLayer(Block):
     """``relu(norm(conv(dropout(x), edges)))`` at every node of a graph.
 
-    ``A[t, s]`` is the number of edges from s to t (messages run from source to target), A' is A with ones on its
-    diagonal (a node has one loop, whether the edges hold loops or not), and D the diagonal matrix of the row sums of
-    A'. With x ``(nodes, f)`` and the layer's parameters W ``(c, f)`` and b ``(c,)``, conv is one of
+    ``A[t, s]`` is the number of edges from s to t (messages run from source to target), A' = A + I, and D the diagonal
+    matrix of the row sums of A'; the edges hold no loops. With x ``(nodes, f)`` and the layer's parameters W ``(c, f)``
+    and b ``(c,)``, conv is one of
 
     - ``gcn``: ``D^-1/2 A' D^-1/2 x W^T + b`` (Kipf and Welling 2017). Degrees are those of the graph at hand, so that
       with sampled neighbours they are degrees in the sample.
@@ -43,7 +45,9 @@ class GraphLayer(Block):
     groups do.
 
     Args:
-        conv: what the formula calls conv; maps x and edges to values ``(nodes, c)``.
+        conv: what the formula calls conv; maps x and what it reads of the edges to values ``(nodes, c)``.
+        edges: the attribute of :class:`framp_core.graph_batch.GraphBatch` that conv reads besides x. Sparse matrices
+            take a third of the time of edge lists on a CPU, and no memory per edge and channel.
         norm: maps ``(nodes, c)`` to the same shape.
         dropout: share of the inputs that training drops.
 
@@ -51,7 +55,9 @@ class GraphLayer(Block):
         ModelError: the norm has a single channel per group.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, dropout: float) -> None:
+    def __init__(
+        self, conv: nn.Module, edges: Literal["convolution", "mean", "edges"], norm: nn.Module, dropout: float
+    ) -> None:
         super().__init__()
         if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels:
             raise ModelError(
@@ -61,11 +67,12 @@ class GraphLayer(Block):
             )
         self.dropout = nn.Dropout(dropout)
         self.conv = conv
+        self.edges = edges
         self.norm = norm
 
     def forward(self, batch: GraphBatch) -> GraphBatch:
         """Map values ``(nodes, f)`` to ``(nodes, c)`` on the same graph."""
-        return batch.carrying(F.relu(self.norm(self.conv(self.dropout(batch.x), batch.edges))))
+        return batch.carrying(F.relu(self.norm(self.conv(self.dropout(batch.x), getattr(batch, self.edges)))))
 
     def couplings(self, name: str, inputs: str) -> dict[str, Coupling]:
         """See :meth:`framp_core.models.Block.couplings`; a layer writes one group, called as the layer."""
@@ -97,7 +104,7 @@ def graph_net(config: ModelConfig, features: int, widths: Sequence[int], norms: 
         ModelError: a width of a GAT is not a multiple of the heads, or normalisation would leave nothing.
     """
     layers = [
-        GraphLayer(_convolution(config, narrow, wide, full), norm(wide), config.dropout)
+        GraphLayer(_convolution(config, narrow, wide, full), _READS[config.name], norm(wide), config.dropout)
         for (narrow, wide), full, norm in zip(pairwise((features, *widths)), config.widths, norms, strict=False)
     ]
     return nn.Sequential(*layers, AtSeeds())
@@ -107,7 +114,10 @@ def _convolution(config: ModelConfig, narrow: int, wide: int, full: int) -> nn.M
     """The convolution from ``narrow`` to ``wide`` of at first ``full`` channels."""
     if config.name == "gat":
         return _attention(narrow, wide, full, config.heads)
-    conv: nn.Module = GCNConv(narrow, wide) if config.name == "gcn" else SAGEConv(narrow, wide)
+    # The matrices hold the weights of the edges, so that both have but to sum.
+    conv: nn.Module = (
+        GCNConv(narrow, wide, normalize=False) if config.name == "gcn" else SAGEConv(narrow, wide, aggr="sum")
+    )
     return conv
 
 

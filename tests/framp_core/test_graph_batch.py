@@ -22,6 +22,16 @@ def test_propagation_by_hand():
     assert torch.equal(propagate(batch, 0), batch.x)
 
 
+@given(batch=graphs())
+def test_matrices_are_those_of_the_edges(batch):
+    dense = adjacency(batch)
+    torch.testing.assert_close(batch.in_degrees().double(), dense.sum(dim=1))
+    mean = torch.stack([row / row.sum() if row.any() else row for row in dense])
+    torch.testing.assert_close(batch.mean.to_dense(), mean.float())
+    assert batch.carrying(batch.x + 1).mean is batch.mean
+    assert batch.to(torch.device("cpu")).mean is not batch.mean
+
+
 def test_values_are_replaced_and_picked_on_the_same_graph():
     batch = GraphBatch(torch.zeros(3, 2), torch.tensor([[0], [1]]), torch.tensor([2, 0, 2]))
     values = torch.arange(3.0)[:, None]
