@@ -69,7 +69,12 @@ class DataConfig(_Section):
         "measured", description="mean and deviation of the training pixels, or the constants of CIFAR recipes"
     )
     augment: bool = Field(False, description="random crop (padding of an eighth) and horizontal flip")
-    cache: str = Field("", description="absolute folder of decoded images; empty: the user's cache folder")
+    cache: str = Field("", description="absolute folder of decoded data; empty: the user's cache folder")
+
+    @property
+    def title(self) -> str:
+        """What reports call the data: the data set's name, or that of the user's own file."""
+        return Path(self.root).stem if self.name == "graph-file" and self.root else self.name
 
 
 class GraphConfig(_Section):
@@ -179,6 +184,11 @@ class ModelConfig(_Section):
         description="the last so many stages end in a classifier (ScaleFL); 1: the head alone, 0: every stage",
     )
     initialisation: Literal["he", "uniform"] = Field("he", description="uniform: PyTorch's own, biases too (FIARSE)")
+    slim_width: Literal["root", "budget"] = Field(
+        "root",
+        description="width of a slim network (HeteroFL, FedRolex): the root of the capacity, as published, or what "
+        "holds capacity x n weights; the root holds several times that where inputs are wide",
+    )
     maskable_head_bias: bool = Field(False, description="rank and mask the head's bias like a weight (FIARSE)")
 
     @model_validator(mode="after")

@@ -73,6 +73,7 @@ class ParameterLayout:
     """
 
     slots: tuple[ParameterSlot, ...]
+    slim_by_budget: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The layout itself: it never changes, and its cached vectors take 5 bytes per parameter."""
@@ -87,7 +88,8 @@ class ParameterLayout:
 
         A network whose submodels can be slices of channels has an attribute ``couplings``: the :class:`Coupling` of
         each layer with parameters, by the layer's dotted name. One whose biases are ranked like weights names their
-        layers in ``maskable_biases``.
+        layers in ``maskable_biases``, and one that is slimmed by its weights rather than its width says so in
+        ``slim_by_budget``.
         """
         couplings: Mapping[str, Coupling] = getattr(model, "couplings", {})
         biases = {f"{layer}.bias" for layer in getattr(model, "maskable_biases", ())}
@@ -98,7 +100,7 @@ class ParameterLayout:
             shape = tuple(parameter.shape) if maskable else (parameter.numel(),)
             slots.append(ParameterSlot(name, shape, math.prod(shape[1:]), maskable, offset, couplings.get(layer)))
             offset += parameter.numel()
-        return cls(tuple(slots))
+        return cls(tuple(slots), getattr(model, "slim_by_budget", False))
 
     @cached_property
     def size(self) -> int:

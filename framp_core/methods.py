@@ -25,6 +25,7 @@ GLOBAL_MODEL: Settings = {
     "local.masked-cross-entropy": False,
     "local.distillation-weight": 0.0,
     "model.exits": 1,
+    "model.slim-width": "root",
 }
 """One global model, averaged per coordinate over the clients that hold it: what the baselines have in common."""
 
@@ -75,6 +76,16 @@ _PUBLISHED = {
     ),
     "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
     "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
+    "heterofl-budget": Method(
+        "HeteroFL, held to the budget",
+        {**_HETEROFL, "method": "heterofl", "model.slim-width": "budget"},
+        "as above; widths by the weights held: with wide inputs the published widths hold several times the budget",
+    ),
+    "fedrolex-budget": Method(
+        "FedRolex, held to the budget",
+        {**_HETEROFL, "method": "fedrolex", "model.slim-width": "budget"},
+        "as above",
+    ),
     "scalefl": Method(
         "ScaleFL",
         {**GLOBAL_MODEL, "method": "scalefl", "model.exits": 0, "local.distillation-weight": 0.05},

@@ -69,6 +69,7 @@ class FeaturesAndHead(nn.Module):
         maskable_head_bias: whether the head's bias is ranked and masked like a weight.
         dropout: share of the penultimate features that the head does not see in training, likewise at early exits; the
             features that are returned are whole.
+        slim_by_budget: see :func:`framp_core.structured.slim_size`.
 
     Attributes:
         maskable_biases: layers whose bias is maskable, see :meth:`framp_core.layout.ParameterLayout.of`.
@@ -84,6 +85,7 @@ class FeaturesAndHead(nn.Module):
         early: Mapping[int, int] | None = None,
         maskable_head_bias: bool = False,
         dropout: float = 0.0,
+        slim_by_budget: bool = False,
     ) -> None:
         super().__init__()
         self.early = dict(early or {})
@@ -94,6 +96,7 @@ class FeaturesAndHead(nn.Module):
         self.feature_size = feature_size
         self.couplings = dict(couplings or {})
         self.maskable_biases = ("head",) if maskable_head_bias else ()
+        self.slim_by_budget = slim_by_budget
         self.batch_statistics = any(isinstance(layer, BatchStatistics) for layer in features.modules())
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -270,7 +273,16 @@ def build_model(
     ends = list(zip(_stage_ends(features), widths, strict=True))[:-1]
     early = dict(ends[stages - (config.exits or stages) :])
     couplings = _couplings(features, early)
-    return FeaturesAndHead(features, widths[-1], classes, couplings, early, config.maskable_head_bias, config.dropout)
+    return FeaturesAndHead(
+        features,
+        widths[-1],
+        classes,
+        couplings,
+        early,
+        config.maskable_head_bias,
+        config.dropout,
+        config.slim_width == "budget",
+    )
 
 
 def _features(config: ModelConfig, input_shape: tuple[int, ...], widths: Sequence[int]) -> nn.Sequential:

@@ -23,6 +23,9 @@ from framp_core.prototypes import Prototypes
 WIDTH_STEPS = 32
 """Widths of a network with early exits are multiples of 1/32: fine enough to meet a budget within some percent."""
 
+BUDGET_STEPS = 256
+"""And 1/256 where no exits are: one channel of 128, so that a wide input can be met."""
+
 
 @dataclass(frozen=True)
 class SlimSize:
@@ -53,7 +56,9 @@ def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
 
     With one exit the width is ``sqrt(capacity)``, HeteroFL's: a layer's weights grow with the product of its input and
     output channels, so that about ``capacity`` of them is left; rounding up, the input and the head make it somewhat
-    more. Capacity 1 is the whole network, early exits included.
+    more, and several times more where the input is wide (7.4 times at 1/64 for a GCN on Cora's 1,433 features). With
+    ``slim_by_budget`` it is the multiple of 1 / ``BUDGET_STEPS`` for which the weights held are nearest
+    ``capacity * n``, the smaller of equals. Capacity 1 is the whole network, early exits included.
 
     Otherwise (ScaleFL) depth and width divide the weights by about the same factor. Leaving out the stages beyond exit
     e divides them by ``d_e = n / held(e, 1)``, and e is the exit whose d_e is nearest ``sqrt(1 / capacity)``, the
@@ -74,12 +79,14 @@ def slim_size(layout: ParameterLayout, capacity: Fraction) -> SlimSize:
     """
     _hidden(layout)
     exits = len(layout.exits)
+    if exits == 1 and layout.slim_by_budget and capacity < 1:
+        return SlimSize(_nearest_width(layout, 1, capacity * layout.maskable_size, BUDGET_STEPS) ** 2, 1)
     if exits == 1 or capacity == 1:
         return SlimSize(capacity, exits)
     weights, factor = layout.maskable_size - _early_exit_weights(layout), math.sqrt(1 / capacity)
     distances = [abs(weights / _held_weights(layout, exit_, Fraction(1)) - factor) for exit_ in range(exits, 0, -1)]
     depth = exits - distances.index(min(distances))
-    return SlimSize(_nearest_width(layout, depth, capacity * weights) ** 2, depth)
+    return SlimSize(_nearest_width(layout, depth, capacity * weights, WIDTH_STEPS) ** 2, depth)
 
 
 def held_channels(layout: ParameterLayout, size: SlimSize) -> dict[str, int]:
@@ -231,9 +238,9 @@ def _held_weights(layout: ParameterLayout, exits: int, width: Fraction) -> Fract
     return Fraction(sum(number for slot, number in zip(layout.slots, kept, strict=True) if slot.maskable))
 
 
-def _nearest_width(layout: ParameterLayout, exits: int, budget: Fraction) -> Fraction:
-    """Multiple of 1 / ``WIDTH_STEPS`` with the weights nearest the budget, the smaller of equals; they grow with it."""
-    widths = [Fraction(steps, WIDTH_STEPS) for steps in range(1, WIDTH_STEPS + 1)]
+def _nearest_width(layout: ParameterLayout, exits: int, budget: Fraction, steps: int) -> Fraction:
+    """Multiple of 1 / ``steps`` with the weights nearest the budget, the smaller of equals; they grow with it."""
+    widths = [Fraction(step, steps) for step in range(1, steps + 1)]
     place = bisect_left(widths[:-1], budget, key=lambda width: _held_weights(layout, exits, width))
     return min(
         widths[max(0, place - 1) : place + 1], key=lambda width: abs(_held_weights(layout, exits, width) - budget)

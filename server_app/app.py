@@ -20,7 +20,7 @@ app = ServerApp()
 def default_run_folder(config: FrampConfig) -> Path:
     """A new folder below ``~/framp-runs``, named by method, data and time."""
     moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    return Path.home() / "framp-runs" / f"{config.method}-{config.data.name}-{moment}"
+    return Path.home() / "framp-runs" / f"{config.method}-{config.data.title}-{moment}"
 
 
 def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy] | None = None) -> RunFolder:

@@ -193,7 +193,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
     part = config.partition
     return (
         f"{part.clients} training and {part.unseen_clients} unseen clients, {part.scheme} partition of "
-        f"{config.data.name}, {config.rounds} rounds of {min(config.server.clients_per_round, part.clients)} clients "
+        f"{config.data.title}, {config.rounds} rounds of {min(config.server.clients_per_round, part.clients)} clients "
         f"and {config.local.steps} local steps of batch {config.local.batch_size}; seeds "
         f"{', '.join(map(str, results.seeds))}. A seed fixes partition, sizes and initial weights, the same for every "
         f"method (the digests of the partitions were compared). Rounds and evaluations of all {len(results.runs)} "

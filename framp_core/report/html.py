@@ -57,7 +57,7 @@ def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
     config = run.config
     finished = run.has(SUMMARY)
     summary = summary_of(record)
-    title = f"{config.method.upper()} on {config.data.name}, {config.rounds} rounds, seed {config.seed}"
+    title = f"{config.method.upper()} on {config.data.title}, {config.rounds} rounds, seed {config.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
         "" if finished else _unfinished(record),
@@ -95,7 +95,7 @@ def _sentence(record: Record) -> str:
     generated = f"{_article(config.generator.name)} generator ({config.model.name} network, {config.extraction.name})"
     return (
         f"{_plural(trained, 'client')} of {_plural(len(record.capacities), 'size')} "
-        f"({', '.join(record.capacities)}) trained {kept} each, made by {generated}, on {config.data.name}, "
+        f"({', '.join(record.capacities)}) trained {kept} each, made by {generated}, on {config.data.title}, "
         f"{config.partition.scheme} partition, for {_plural(record.rounds, 'round')} of "
         f"{min(config.server.clients_per_round, trained)} clients and {_plural(config.local.steps, 'local step')}; "
         f"{_plural(unseen, 'further client')} never trained. "

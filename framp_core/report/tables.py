@@ -92,7 +92,7 @@ def per_client(record: Record) -> Table:
             )
         )
     after = ("Local % after fine-tuning",) if tuned else ()
-    headings = ("Client", "Role", "Size", "Images", "Local %", "Union %", *after, "Rounds trained", "Last loss")
+    headings = ("Client", "Role", "Size", "Examples", "Local %", "Union %", *after, "Rounds trained", "Last loss")
     return Table(headings, tuple(rows), labels=3)
 
 

@@ -20,6 +20,7 @@ from framp_core.structured import (
     kept_channels,
     kept_sizes,
     selection_of,
+    slim_widths,
     window,
     without_other_classes,
 )
@@ -244,3 +245,22 @@ def test_a_slim_network_trains_as_the_masked_dense_one_where_there_is_no_norm():
         gradients.append(model.flat_gradient)
     torch.testing.assert_close(gradients[0][mask], gradients[1], rtol=1e-4, atol=1e-6)
     assert gradients[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("capacity", [Fraction(1, 64), Fraction(1, 16), Fraction(1, 4), Fraction(9, 10)])
+def test_a_width_by_budget_holds_what_is_nearest_the_capacity(capacity):
+    config = ModelConfig(name="mlp", widths=(32, 32), slim_width="budget")
+    layout = ParameterLayout.of(build_model(config, (1, 20, 20), CLASSES))
+
+    def held(first, second):
+        return 400 * first + first * second + second * CLASSES
+
+    budget = capacity * layout.maskable_size
+    nearest = min(range(1, 33), key=lambda width: (abs(held(width, width) - budget), width))
+    kept = slim_widths(config.widths, layout, capacity)
+    assert kept == (nearest, nearest)
+    assert channel_mask(layout, window(layout, capacity))[layout.maskable].sum() == held(*kept)
+    # The published widths hold more, and the whole network is whole under both rules.
+    published = ParameterLayout.of(build_model(config.model_copy(update={"slim_width": "root"}), (1, 20, 20), CLASSES))
+    assert channel_mask(published, window(published, capacity))[layout.maskable].sum() >= held(*kept)
+    assert window(layout, Fraction(1)).all()
