@@ -13,17 +13,25 @@ from framp_core.generators import build_generator
 from framp_core.layout import ParameterLayout
 from framp_core.methods import METHODS
 from framp_core.models import build_model, initial_parameters
+from server_app.strategies import STRATEGIES
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
 @pytest.mark.slow
-def test_digits_personalises_every_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["digits", "graph-digits"])
+def test_embedded_presets_personalise_every_size(tmp_path: Path, preset: str) -> None:
     overrides = {"output.folder": str(tmp_path / "run"), "data.cache": str(tmp_path / "cache"), "local.device": "cpu"}
-    run = run_local(FrampConfig.load(PRESETS / "digits.toml", overrides))
+    run = run_local(FrampConfig.load(PRESETS / f"{preset}.toml", overrides))
     local = {row["capacity"]: row["local"] for row in run.json("summary.json")["rows"]}
     assert local["mean"] >= 0.9
     assert local["1/64"] >= 0.8
+
+
+def test_every_preset_is_a_configuration_that_its_strategy_takes() -> None:
+    for path in sorted(PRESETS.glob("*.toml")):
+        config = FrampConfig.load(path)
+        STRATEGIES[config.method].check(config)
 
 
 def test_the_dense_generator_is_refused_at_the_size_of_resnet18() -> None:

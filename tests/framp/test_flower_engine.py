@@ -15,6 +15,7 @@ from framp.engines import run_flower, run_local
 from framp_core.config import FrampConfig
 from framp_core.errors import EngineError
 from framp_core.run_folder import RunFolder
+from tests.small_graph import save_small_graph
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +42,13 @@ def _home_of(process: psutil.Process) -> str:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_ray_and_in_process_engines_give_the_same_numbers(tiny: Callable[..., FrampConfig]) -> None:
-    values = {"engine.workers": 2}
-    flower = measured(run_flower(tiny(values, "flower")))
-    local = measured(run_local(tiny({"engine.workers": 1}, "local")))
+@pytest.mark.parametrize("kind", ["images", "graph"])
+def test_ray_and_in_process_engines_give_the_same_numbers(
+    tiny: Callable[..., FrampConfig], tmp_path: Path, kind: str
+) -> None:
+    values = save_small_graph(tmp_path / "small.npz") | {"model.dropout": 0.5} if kind == "graph" else {}
+    flower = measured(run_flower(tiny({**values, "engine.workers": 2}, "flower")))
+    local = measured(run_local(tiny({**values, "engine.workers": 1}, "local")))
     assert flower == local
     assert {row["kind"] for row in local} == {"start", "train", "evaluate", "priors"}
 
