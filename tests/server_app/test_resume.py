@@ -12,6 +12,7 @@ import torch
 from flwr.app import Message
 
 import server_app.resume as module
+from benchmarks.kill_and_resume import kill_and_resume
 from client_app.app import app as client_app
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
@@ -24,6 +25,7 @@ from server_app.app import serve
 from server_app.strategies import FrampStrategy, SubmodelStrategy
 
 Build = Callable[..., FrampConfig]
+Whole = Callable[[FrampConfig], RunFolder]
 ROUNDS = 4
 CLUSTERED: dict[str, Scalar] = {
     "rounds": ROUNDS,
@@ -124,31 +126,47 @@ def clustered(tiny: Build) -> Build:
     return build
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FrampConfig], RunFolder]:
+    """The same run, uninterrupted; done once for all tests."""
+    known: dict[str, RunFolder] = {}
+
+    def build(config: FrampConfig) -> RunFolder:
+        if config.digest() not in known:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            found = run(FrampConfig.from_flat({**config.to_flat(), "output.folder": str(folder)}))
+            assert found is not None
+            known[config.digest()] = found
+        return known[config.digest()]
+
+    return build
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_bit_for_bit(method: str, clustered: Build) -> None:
+def test_every_method_resumes_bit_for_bit(method: str, clustered: Build, whole: Whole) -> None:
     """Killed within round 3 before the server learns; then within the resumed run's round 4, while it is measured.
 
     The nodes come back in another order, so that every client has another node id.
     """
-    whole = run(clustered(method, "whole"))
     config = clustered(method)
     assert run(config, dies_after=5) is None
     assert RunFolder.open(Path(config.output.folder)).checkpoints.rounds() == [2, 1]
     nodes = range(config.partition.nodes)
     assert run(resumed(config), dies_after=4, parts=reversed(nodes)) is None
-    assert_equal(run(resumed(config), parts=[*nodes[3:], *nodes[:3]]), whole)
+    assert_equal(run(resumed(config), parts=[*nodes[3:], *nodes[:3]]), whole(config))
 
 
 @pytest.mark.parametrize("dies_after", range(1, 2 * ROUNDS + 1))
-def test_whenever_a_run_dies_it_goes_on(dies_after: int, clustered: Build) -> None:
+def test_whenever_a_run_dies_it_goes_on(dies_after: int, clustered: Build, whole: Whole) -> None:
     """With a checkpoint every two rounds, two before the first one among them."""
-    whole = run(clustered(name="whole", output__checkpoint_every=2))
     config = clustered(output__checkpoint_every=2)
     assert run(config, dies_after) is None
-    assert_equal(run(resumed(config)), whole)
+    assert_equal(run(resumed(config)), whole(config))
 
 
-def test_a_run_that_died_before_its_report_only_lacks_that(clustered: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_died_before_its_report_only_lacks_that(
+    clustered: Build, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dies(folder: RunFolder) -> None:
         raise Killed
 
@@ -158,7 +176,7 @@ def test_a_run_that_died_before_its_report_only_lacks_that(clustered: Build, mon
         assert run(config) is None
     leftover = Path(config.output.folder) / "checkpoints" / "round-000001.tmp"
     leftover.mkdir()
-    assert_equal(run(resumed(config), parts=[]), run(clustered(name="whole")))
+    assert_equal(run(resumed(config), parts=[]), whole(config))
     assert not leftover.exists()
 
 
@@ -173,14 +191,17 @@ FORGOTTEN: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("what", FORGOTTEN)
-def test_what_is_not_restored_changes_the_numbers(what: str, clustered: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_restored_changes_the_numbers(
+    what: str, clustered: Build, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method, forgotten = FORGOTTEN[what]
-    whole, config = run(clustered(method, "whole")), clustered(method)
+    config = clustered(method)
+    expected = whole(config)
     assert run(config, dies_after=5) is None
     monkeypatch.setattr(forgotten, lambda *_: None)
     changed = run(resumed(config))
     with pytest.raises(AssertionError):
-        assert_equal(changed, whole)
+        assert_equal(changed, expected)
 
 
 def test_who_is_absent_is_still_known_and_is_served_when_it_comes_back(clustered: Build) -> None:
@@ -220,18 +241,20 @@ def test_rounds_in_which_nothing_was_learnt_are_counted_over_a_resume(tiny: Buil
         run(resumed(config))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(clustered: Build, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    clustered: Build, whole: Whole, caplog: pytest.LogCaptureFixture
+) -> None:
     config = clustered()
     assert run(config, dies_after=7) is None
     (Path(config.output.folder) / "checkpoints" / "round-000003" / "tensors.safetensors").write_bytes(b"half")
     with caplog.at_level("WARNING", logger="flwr"):
         finished = run(resumed(config))
     assert "checkpoint of round 3" in caplog.text
-    assert_equal(finished, run(clustered(name="whole")))
+    assert_equal(finished, whole(config))
 
 
-def test_places_may_change_and_checkpoints_too(clustered: Build, tmp_path: Path) -> None:
-    whole, config = run(clustered(name="whole")), clustered()
+def test_places_may_change_and_checkpoints_too(clustered: Build, whole: Whole, tmp_path: Path) -> None:
+    config = clustered()
     assert run(config, dies_after=5) is None
     moved = tmp_path / "elsewhere" / "moved"
     shutil.move(config.output.folder, tmp_path / "elsewhere" / "moved")
@@ -243,7 +266,7 @@ def test_places_may_change_and_checkpoints_too(clustered: Build, tmp_path: Path)
         output__checkpoints_kept=1,
     )
     finished = run(asked)
-    assert_equal(finished, whole)
+    assert_equal(finished, whole(config))
     assert finished is not None
     assert finished.path == moved
     assert finished.checkpoints.rounds() == [ROUNDS]
@@ -330,7 +353,7 @@ REFUSALS: dict[str, tuple[Change, type[FrampError], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_does_not_belong_together_is_refused_by_name(
-    name: str, clustered: Build, monkeypatch: pytest.MonkeyPatch
+    name: str, clustered: Build, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, error, words = REFUSALS[name]
     config = clustered()
@@ -343,7 +366,7 @@ def test_what_does_not_belong_together_is_refused_by_name(
             run(resumed(config, **asked.pop("values", {})), **asked)
         assert contents(folder) == before
     if name not in ("a finished run", "damaged checkpoints", "a cut log"):
-        assert_equal(run(resumed(config)), run(clustered(name="whole")))
+        assert_equal(run(resumed(config)), whole(config))
 
 
 def test_other_settings_are_refused_before_the_first_checkpoint_too(clustered: Build) -> None:
@@ -376,6 +399,13 @@ def test_the_code_of_a_foreign_strategy_counts() -> None:
     own = module.origin(FrampConfig(), FrampStrategy)["code"]
     assert {key: found[key] for key in own} == own
     assert {name.partition("/")[0] for name in own} == {"client_app", "framp_core", "server_app"}
+
+
+def test_a_server_killed_at_random_moments_goes_on_every_time(tmp_path: Path) -> None:
+    """Three kills of the twenty of ``benchmarks/kill_and_resume.py``, by signal 9."""
+    kills, differing = kill_and_resume(tmp_path, kills=3, rounds=12, seed=1)
+    assert len(kills) == 3
+    assert differing == []
 
 
 def test_the_report_shows_every_round_once(clustered: Build) -> None:
