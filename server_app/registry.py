@@ -24,6 +24,8 @@ logger = logging.getLogger("flwr.framp")
 POLL_SECONDS = 0.2
 ABSENT = -1
 """Node id of a client that is known from a checkpoint and was not met since; Flower's ids are not negative."""
+SAME_DESCRIPTOR = 0.02
+"""Distance of two descriptors, which have norm 1, up to which rounding on another machine may explain it."""
 RETRY_SECONDS = 30.0
 """A refused or silent node is asked again after this time: it may have been repaired, or its twin may be gone."""
 
@@ -151,6 +153,12 @@ class ClientRegistry:
         for descriptor, row in zip(descriptors, rows, strict=True):
             fields = {**row, "capacity": parse_capacity(row["capacity"]), "shape": tuple(row["shape"])}
             self.clients[row["name"]] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
+
+    def moved(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Connected clients of :meth:`state` whose descriptor is another one now, so that their data are, too."""
+        before = {row["name"]: descriptor for row, descriptor in zip(rows, descriptors, strict=True)}
+        known = [client for client in self.online() if client.name in before]
+        return [each.name for each in known if np.linalg.norm(each.descriptor - before[each.name]) > SAME_DESCRIPTOR]
 
     @property
     def expected(self) -> int:

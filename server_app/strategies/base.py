@@ -329,6 +329,12 @@ class SubmodelStrategy(Strategy):
                 f"the clients have {self.registry.task}; the checkpoint in {str(self.run.path)!r} is about "
                 f"{saved['task']}. Go on with the data that it was trained on, or start a new run"
             )
+        moved = self.registry.moved(checkpoint.tensors[DESCRIPTORS].numpy(), saved["clients"])
+        if moved:
+            raise ResumeError(
+                f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
+                f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
+            )
         self._build(client)
         self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
         self._empty_rounds = saved["empty-rounds"]

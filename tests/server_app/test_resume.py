@@ -17,6 +17,7 @@ from client_app.app import app as client_app
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
+from framp_core.descriptors import ImageEncoder
 from framp_core.errors import EngineError, FrampError, ResumeError, RunFolderError
 from framp_core.methods import settings_of
 from framp_core.report import write_report
@@ -309,6 +310,13 @@ def events_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, An
     return {}
 
 
+def upside_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
+    """Every image, as far as descriptors see it."""
+    real = ImageEncoder.forward
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, images: real(self, images.flip(2)))
+    return {}
+
+
 def settings(**values: Scalar) -> Change:
     return lambda folder, monkeypatch: {"values": values}
 
@@ -344,6 +352,11 @@ REFUSALS: dict[str, tuple[Change, type[FrampError], str]] = {
         lambda folder, monkeypatch: {"parts": range(5), "of": 5},
         ResumeError,
         r"the clients have .* over 5 nodes; the checkpoint .* is about .* over 7 nodes",
+    ),
+    "other images with the same labels": (
+        upside_down,
+        ResumeError,
+        r"labels are those .* inputs are not: 7 clients, client-0000 among them",
     ),
     "a finished run": (finished, ResumeError, r"is finished; framp report "),
     "damaged checkpoints": (every_checkpoint_damaged, RunFolderError, r"every checkpoint in .* is damaged"),
