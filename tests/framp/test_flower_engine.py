@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_in_process_goes_on_in_flower(
         if round == 2:
             raise Killed
 
-    values: dict[str, Scalar] = {"rounds": 4, "output.checkpoint-every": 1, "server.shared-momentum": 0.5}
+    values: dict[str, Scalar] = {"rounds": 4, "output.checkpoint-every": 1, "server.discovery-deadline": 500}
     original, config = RunFolder.write_checkpoint, tiny(values)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_checkpoint", dies)
