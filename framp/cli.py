@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -48,7 +49,7 @@ class Engine(StrEnum):
 def read_overrides(overrides: list[str] | None) -> dict[str, Scalar]:
     """Read ``-o`` options; paths given on the command line may be relative to the working directory."""
     values: dict[str, Scalar] = dict(parse_override(text) for text in overrides or [])
-    for key in ("data.root", "data.cache", "output.folder"):
+    for key in ("data.root", "data.cache", "output.folder", "output.resume"):
         if values.get(key):
             values[key] = str(Path(str(values[key])).expanduser().resolve())
     return values
@@ -62,6 +63,24 @@ def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar)
     values = {**read_overrides(overrides), **fixed}
     method = str(values.get("method"))
     return FrampConfig.load(path, settings_of(method, values) if method in METHODS else values)
+
+
+def resumed_config(
+    given: Path | None, folder: Path, overrides: list[str] | None, fixed: Mapping[str, Scalar]
+) -> FrampConfig:
+    """The configuration of an unfinished run, with options on it that say where and how it works.
+
+    Raises:
+        ConfigError: another configuration file is given, too, or the run folder's is not one of this version.
+        RunFolderError: the folder is not a run folder.
+    """
+    from framp_core.run_folder import CONFIG, RunFolder
+
+    if given is not None:
+        raise ConfigError(f"--resume {folder} goes on with the configuration in that folder; leave out {given}")
+    path = RunFolder.open(folder.expanduser().resolve()).path
+    paths = {"output.folder": "", "output.resume": str(path)}
+    return load_config(path / CONFIG, overrides, **{**paths, **read_overrides(overrides), **fixed})
 
 
 def new_run_folder(config_path: Path | None) -> Path:
@@ -79,6 +98,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Worker processes; 0: one per core.", show_default="the preset's")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the unfinished run in this folder.", show_default=False)
+    ] = None,
 ) -> None:
     """Train, evaluate, and write a run folder with its report."""
     from framp.engines import run_flower, run_local
@@ -87,11 +109,14 @@ def run(
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
     if out is not None:
         fixed["output.folder"] = str(out.expanduser().resolve())
-    loaded = load_config(config, override, **fixed)
-    folder = Path(loaded.output.folder or new_run_folder(config))
-    loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
+    loaded = (
+        load_config(config, override, **fixed) if resume is None else resumed_config(config, resume, override, fixed)
+    )
+    folder = Path(loaded.output.resume or loaded.output.folder or new_run_folder(config))
+    if not loaded.output.resume:
+        loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
-    with RunProgress(console, folder, loaded.rounds):
+    with RunProgress(console, folder, loaded.rounds, resumed=bool(loaded.output.resume)):
         finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
     console.print(results_table(finished.json("summary.json")))
     console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
@@ -200,10 +225,11 @@ def _clients_table(summary: "DataSummary") -> Table:
 
 
 def _log_errors() -> None:
-    """Flower's log only where something went wrong; the progress display shows the rest."""
+    """Flower's log only where something went wrong, and how a run goes on; the progress display shows the rest."""
     logger = logging.getLogger("flwr")
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
     logger.setLevel(logging.ERROR)
+    logging.getLogger("flwr.framp.resume").setLevel(logging.WARNING)
 
 
 def main() -> None:

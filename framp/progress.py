@@ -24,13 +24,16 @@ class RunProgress:
         console: where to print.
         folder: the run folder; it need not exist yet.
         rounds: total number of rounds.
+        resumed: the folder holds the events of a killed run. They are shown once the resumed one has put a cut log in
+            their place.
     """
 
-    def __init__(self, console: Console, folder: Path, rounds: int) -> None:
+    def __init__(self, console: Console, folder: Path, rounds: int, resumed: bool = False) -> None:
         self._console = console
         self._path = folder / "events.jsonl"
         self._rounds = rounds
         self._position = 0
+        self._old_log = self._log_number() if resumed else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._bar = Progress(
@@ -63,8 +66,11 @@ class RunProgress:
             self._read()
         self._read()
 
+    def _log_number(self) -> int | None:
+        return self._path.stat().st_ino if self._path.exists() else None
+
     def _read(self) -> None:
-        if not self._path.exists():
+        if self._log_number() in (None, self._old_log):
             return
         with self._path.open(encoding="utf-8") as lines:
             lines.seek(self._position)

@@ -44,6 +44,8 @@ GRAPH_DATA = ("graph-digits", "cora", "citeseer", "pubmed", "ogbn-arxiv", "graph
 """Data sets whose examples are the nodes of a graph."""
 GRAPH_MODELS = ("gcn", "sage", "gat")
 """Architectures that read a graph."""
+PLACES = ("data.root", "data.cache")
+"""Keys that say where data lie, which never change the numbers."""
 
 
 class DataConfig(_Section):
@@ -370,7 +372,11 @@ class OutputConfig(_Section):
     """Where the run folder goes."""
 
     folder: str = Field("", description="absolute, must not exist; empty: a new folder below ~/framp-runs")
+    resume: str = Field(
+        "", description="absolute folder of an unfinished run to go on with, instead of a new one; empty: a new run"
+    )
     checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints; the last round always has one")
+    checkpoints_kept: int = Field(2, ge=1, description="the newest so many checkpoints are kept")
     tensorboard: bool = Field(False, description="also write TensorBoard scalars")
 
 
@@ -430,12 +436,18 @@ class FrampConfig(_Section):
             ("data.root", self.data.root),
             ("data.cache", self.data.cache),
             ("output.folder", self.output.folder),
+            ("output.resume", self.output.resume),
         ):
             if path and not Path(path).is_absolute():
                 raise ValueError(
                     f"{key}={path!r} is a relative path; Flower's processes work in folders of their own, "
                     f"so give an absolute one, such as {str(Path.cwd() / path)!r}"
                 )
+        if self.output.folder and self.output.resume:
+            raise ValueError(
+                f"output.folder={self.output.folder!r} asks for a new run and output.resume={self.output.resume!r} "
+                f"goes on with an old one in its own folder; give one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -493,8 +505,27 @@ class FrampConfig(_Section):
         """The effective configuration as a TOML file that :meth:`load` reads."""
         return tomli_w.dumps(self.to_nested())
 
+    def differences(self, other: Mapping[str, Scalar]) -> list[str]:
+        """The keys that can change the numbers and have another value in ``other``, both values beside them.
+
+        Args:
+            other: flat keys of another configuration, such as those that :meth:`to_flat` gave when it was stored.
+        """
+        here = {key: value for key, value in self.to_flat().items() if not _says_where(key)}
+        there = {key: value for key, value in other.items() if not _says_where(key)}
+        return [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in {**here, **there}
+            if there.get(key) != here.get(key)
+        ]
+
     def digest(self) -> str:
         """SHA-256 over everything that can change the numbers (not engine and output folders)."""
         nested = self.to_nested()
         del nested["engine"], nested["output"], nested["data"]["root"], nested["data"]["cache"]
         return hashlib.sha256(json.dumps(nested, sort_keys=True).encode()).hexdigest()
+
+
+def _says_where(key: str) -> bool:
+    """Whether a flat key says where and how a run works rather than what it computes."""
+    return key.startswith(("engine.", "output.")) or key in PLACES

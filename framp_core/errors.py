@@ -24,6 +24,10 @@ class RunFolderError(FrampError):
     """A run folder exists already, is incomplete, or cannot be written."""
 
 
+class ResumeError(FrampError):
+    """A run cannot go on from its checkpoint: it is finished, or is of other code, settings or data."""
+
+
 class EngineError(FrampError):
     """An engine could not start, or a run failed in it."""
 

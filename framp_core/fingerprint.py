@@ -1,12 +1,15 @@
 """A fingerprint of the code that client and server must share."""
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import framp_core
 
 SHARED_PACKAGES = ("client_app", "framp_core")
+RUN_PACKAGES = (*SHARED_PACKAGES, "server_app")
+"""All code that numbers depend on; ``framp`` holds the command, the engines and what compares finished runs."""
 
 
 @lru_cache(maxsize=1)
@@ -23,6 +26,13 @@ def code_fingerprint() -> str:
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def code_files(packages: Iterable[str] = RUN_PACKAGES) -> dict[str, str]:
+    """SHA-256 of every ``*.py`` of the packages, by relative path."""
+    root = code_root()
+    paths = (path for package in packages for path in sorted((root / package).rglob("*.py")))
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def code_root() -> Path:

@@ -5,7 +5,7 @@ config.toml             effective configuration
 environment.json        versions, platform, seed, fingerprint of the code
 manifest.json           the partition; its ``"digest"`` is shown in the report
 events.jsonl            one JSON object per event, appended and flushed while the run works
-checkpoint/             checkpoint.json, which names the safetensors file beside it
+checkpoints/            the newest checkpoints, see :mod:`framp_core.checkpoints`
 masks.json              selection and overlap of the masks at the last evaluation
 summary.json            the results table; its presence says that the run finished
 clients.csv             every measurement of every client
@@ -17,10 +17,12 @@ report.html, figures/   written by :mod:`framp_core.report`
 
 import csv
 import json
+import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -30,17 +32,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from framp_core.checkpoints import Checkpoints, sync
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
 from framp_core.prototypes import Prototypes
 
+logger = logging.getLogger("flwr.framp.resume")
 PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "zstandard")
 
 CONFIG = "config.toml"
@@ -51,7 +55,7 @@ CLIENTS = "clients.csv"
 SUMMARY = "summary.json"
 MASKS = "masks.json"
 PRIOR_CURVE = "prior_curve.json"
-CHECKPOINT = "checkpoint"
+CHECKPOINTS = "checkpoints"
 PROTOTYPES = "prototypes"
 
 
@@ -61,11 +65,14 @@ class RunFolder:
     Attributes:
         path: the folder.
         config: the effective configuration.
+        checkpoints: its checkpoints.
     """
 
     def __init__(self, path: Path, config: FrampConfig) -> None:
         self.path = path
         self.config = config
+        self.checkpoints = Checkpoints(path / CHECKPOINTS)
+        self._first_round = 1
         self._board: Any = None
         self._checked_tail = False
 
@@ -122,6 +129,47 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{str(path)!r} is not a run folder: it holds no {CONFIG}; give the folder of a run")
         return cls(path, FrampConfig.load(path / CONFIG))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from working on this run; the system lets go of it when a process dies.
+
+        Raises:
+            RunFolderError: another process works on it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                f"another process works on the run in {str(self.path)!r}; wait for it, or end it first"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def rewind(self, round: int, length: int) -> None:
+        """Go back to the end of a round: what was recorded after it is done again.
+
+        Args:
+            round: the round; 0 for a start from nothing.
+            length: bytes of the event log at its end.
+
+        Raises:
+            RunFolderError: the log does not reach as far; nothing is changed.
+        """
+        log = self.path / EVENTS
+        kept = log.read_bytes()[:length] if self.has(EVENTS) else b""
+        if len(kept) < length or (kept and not kept.endswith(b"\n")):
+            raise RunFolderError(
+                f"{str(log)!r} does not hold the {length} bytes that it had after round {round}; the file was changed "
+                f"since; restore it, or start the run again in another folder"
+            )
+        self._replace(EVENTS, kept.decode())
+        self.checkpoints.clean(round)
+        self._note_resume(round)
+        self._first_round = round + 1
 
     def event(self, kind: str, round: int, **fields: Any) -> None:
         """Append one event as a JSON line and flush it; non-finite numbers are written as null.
@@ -200,35 +248,33 @@ class RunFolder:
                 f"{str(self.path / name)!r} is not JSON ({error}); the file was changed after the run; restore it"
             ) from error
 
-    def write_checkpoint(self, tensors: Mapping[str, Tensor | np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Replace the checkpoint: a safetensors file, then the JSON that names it, then the old file goes.
-
-        The JSON is renamed into place last, so a run killed at any moment leaves one whole checkpoint.
+    def write_checkpoint(
+        self, round: int, tensors: Mapping[str, Tensor | np.ndarray], state: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint after a round, once the events up to here are on the disk; see :class:`Checkpoints`.
 
         Args:
-            tensors: flat mapping of tensors, of any device and dtype.
-            meta: JSON-able state, such as the round; the key ``"tensors"`` is taken.
+            round: the round that has ended.
+            tensors: of any device and dtype.
+            state: JSON-able; ``"round"`` and ``"events-bytes"`` are added.
         """
-        folder = self.path / CHECKPOINT
-        folder.mkdir(exist_ok=True)
-        old = sorted(folder.glob("*.safetensors"))
-        name = f"tensors-{max((int(file.stem.rpartition('-')[2]) for file in old), default=0) + 1:06d}.safetensors"
-        # Cloned because safetensors refuses tensors that share memory.
-        save_file({key: torch.as_tensor(value).detach().cpu().clone() for key, value in tensors.items()}, folder / name)
-        self.write_json(f"{CHECKPOINT}/checkpoint.json", {**meta, "tensors": name})
-        for file in old:
-            file.unlink()
+        log = self.path / EVENTS
+        if log.is_file():
+            sync(log)
+        length = log.stat().st_size if log.is_file() else 0
+        added = {"round": round, "events-bytes": length}
+        self.checkpoints.write(round, tensors, {**_plain(state), **added}, self.config.output.checkpoints_kept)
 
     def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the state of the last checkpoint.
+        """The tensors and the state of the newest whole checkpoint.
 
         Raises:
-            RunFolderError: there is no checkpoint, or a part of it is missing.
+            RunFolderError: there is none.
         """
-        meta = self.json(f"{CHECKPOINT}/checkpoint.json")
-        name = f"{CHECKPOINT}/{meta.pop('tensors')}"
-        self._require(name)
-        return load_file(self.path / name), meta
+        found = self.checkpoints.newest()
+        if found is None:
+            raise RunFolderError(f"{str(self.path)!r} holds no checkpoint: the run stopped before its first one")
+        return found.tensors, found.state
 
     def write_prototypes(self, round: int, shared: Prototypes, local: Mapping[str, Prototypes]) -> None:
         """Keep the prototypes of one round.
@@ -260,7 +306,23 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
         temporary.replace(self.path / name)
+
+    def _note_resume(self, round: int) -> None:
+        """Say in the environment where the run went on, and with which versions if they are others."""
+        now = environment(self.config)
+        if round == 0:
+            self.write_json(ENVIRONMENT, now)
+            return
+        before = self.json(ENVIRONMENT)
+        here, there = ({**known["versions"], "Python": known["python"]} for known in (now, before))
+        others = [f"{name} {version}" for name, version in here.items() if there.get(name) != version]
+        if others:
+            logger.warning("the run goes on with %s; numbers may differ from those at its start", ", ".join(others))
+        notes = [before["resumed"]] if "resumed" in before else []
+        notes.append(", ".join([f"after round {round} at {now['started']}", *others]))
+        self.write_json(ENVIRONMENT, {**before, "resumed": "; ".join(notes)})
 
     def _drop_cut_line(self) -> None:
         """A resumed run appends to the events of a killed one, whose last line may lack its end."""
@@ -271,7 +333,9 @@ class RunFolder:
 
     def _write_scalars(self, rows: list[ClientAccuracy]) -> None:
         if self._board is None:
-            self._board = _summary_writer()(str(self.path / "tensorboard"))
+            # TensorBoard drops what it holds of the rounds that are done again.
+            again = {"purge_step": self._first_round} if self._first_round > 1 else {}
+            self._board = _summary_writer()(str(self.path / "tensorboard"), **again)
         for summary in summarise(row for row in rows if row.moment == "before"):
             for column in COLUMNS:
                 spread = summary.column(column)

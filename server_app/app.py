@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import RunFolder
+from server_app.resume import checkpoint_of
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
 logger = logging.getLogger("flwr.framp")
@@ -23,8 +24,20 @@ def default_run_folder(config: FrampConfig) -> Path:
     return Path.home() / "framp-runs" / f"{config.method}-{config.data.title}-{moment}"
 
 
+def open_run(config: FrampConfig) -> RunFolder:
+    """A new run folder, or the one that ``output.resume`` names.
+
+    Raises:
+        RunFolderError: the new one exists, or the old one is not a run folder.
+    """
+    if config.output.resume:
+        return RunFolder(RunFolder.open(Path(config.output.resume)).path, config)
+    folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
+    return RunFolder.create(folder, config)
+
+
 def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy] | None = None) -> RunFolder:
-    """Run a strategy over ``grid``; write run folder, checkpoints and report.
+    """Run a strategy over ``grid``, or go on with the run that ``output.resume`` names; write its folder and report.
 
     Args:
         grid: Flower's connection to the clients, or the in-process one.
@@ -33,17 +46,28 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
 
     Raises:
         FrampError: the configuration does not fit the method, the run folder exists, no client answered, the model
-            cannot be built, or nothing is learnt.
+            cannot be built, nothing is learnt, or a run cannot go on.
     """
     strategy_class = strategy_class or STRATEGIES[config.method]
     strategy_class.check(config)
-    folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
-    run = RunFolder.create(folder, config)
-    strategy = strategy_class(config, run)
-    strategy.start(grid, ArrayRecord(), config.rounds, timeout=config.server.round_deadline)
-    finish(run)
-    write_report(run.path)
+    run = open_run(config)
+    with run.alone():
+        strategy = strategy_class(config, run)
+        if config.output.resume:
+            _resume(strategy)
+        rounds_left = config.rounds - strategy.rounds_done
+        strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
+        finish(run)
+        write_report(run.path)
     return run
+
+
+def _resume(strategy: SubmodelStrategy) -> None:
+    checkpoint = checkpoint_of(strategy.run, strategy.config, type(strategy))
+    if checkpoint is None:
+        strategy.run.rewind(round=0, length=0)
+    else:
+        strategy.resume(checkpoint)
 
 
 @app.main()

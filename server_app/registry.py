@@ -4,9 +4,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -21,6 +22,10 @@ from server_app.replies import Refusal, Reply, read_replies
 
 logger = logging.getLogger("flwr.framp")
 POLL_SECONDS = 0.2
+ABSENT = -1
+"""Node id of a client that is known from a checkpoint and was not met since; Flower's ids are not negative."""
+SAME_DESCRIPTOR = 0.02
+"""Distance of two descriptors, which have norm 1, up to which rounding on another machine may explain it."""
 RETRY_SECONDS = 30.0
 """A refused or silent node is asked again after this time: it may have been repaired, or its twin may be gone."""
 
@@ -131,6 +136,31 @@ class ClientRegistry:
         self.clients: dict[str, ClientRecord] = {}
 
     @property
+    def task(self) -> str:
+        """What the clients agreed on; empty before :meth:`wait`."""
+        return self._task
+
+    def state(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """All clients, by name: their descriptors, float32 ``(m, d)``, and the rest as JSON-able values."""
+        clients = [client for _, client in sorted(self.clients.items())]
+        rows = [{**asdict(client), "capacity": str(client.capacity)} for client in clients]
+        for row in rows:
+            del row["descriptor"], row["node_id"]
+        return np.stack([client.descriptor for client in clients]), rows
+
+    def restore(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Know the clients of :meth:`state` again; each counts as absent until its node is met."""
+        for descriptor, row in zip(descriptors, rows, strict=True):
+            fields = {**row, "capacity": parse_capacity(row["capacity"]), "shape": tuple(row["shape"])}
+            self.clients[row["name"]] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
+
+    def moved(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Connected clients of :meth:`state` whose descriptor is another one now, so that their data are, too."""
+        before = {row["name"]: descriptor for row, descriptor in zip(rows, descriptors, strict=True)}
+        known = [client for client in self.online() if client.name in before]
+        return [each.name for each in known if np.linalg.norm(each.descriptor - before[each.name]) > SAME_DESCRIPTOR]
+
+    @property
     def expected(self) -> int:
         """How many clients there should be: as many as their partition has parts, if a client told."""
         told = Counter(client.partitions for client in self.clients.values())
@@ -159,7 +189,7 @@ class ClientRegistry:
         """
         deadline = time.monotonic() + self._config.server.discovery_deadline
         self.poll(grid)
-        while len(self.clients) + len(self._refused) < self.expected and time.monotonic() < deadline:
+        while len(self.online()) + len(self._refused) < self.expected and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
             self.poll(grid)
         self._agree()
@@ -170,8 +200,8 @@ class ClientRegistry:
                 f"no client took part within {self._config.server.discovery_deadline:g} s "
                 f"(server.discovery-deadline). First reason: {reason}"
             )
-        if len(self.clients) < self.expected:
-            logger.warning("%d of %d clients answered; the run goes on", len(self.clients), self.expected)
+        if len(self.online()) < self.expected:
+            logger.warning("%d of %d clients answered; the run goes on", len(self.online()), self.expected)
 
     def require(self, grid: Grid, count: int) -> None:
         """Look for new nodes, then wait until at least ``count`` clients that train are connected.
@@ -254,7 +284,7 @@ class ClientRegistry:
             raise ProtocolError(f"{new.name} has {new.task}; this run is about {self._task}")
 
     def _agree(self) -> None:
-        tasks = Counter(client.task for _, client in sorted(self.clients.items()))
+        tasks = Counter(client.task for client in self.online())
         if not tasks:
             return
         self._task = tasks.most_common(1)[0][0]

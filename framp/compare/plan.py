@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from framp_core.config import FrampConfig
+from framp_core.config import PLACES, FrampConfig
 from framp_core.config_values import Scalar, read_toml
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
@@ -21,9 +21,6 @@ PRESETS = code_root() / "presets"
 LEARNING_RATE = "local.learning-rate"
 OPTIONS = {"seed": "--seeds", "method": "--methods", "output.folder": "--out", "engine.workers": "--workers"}
 """Keys that the comparison sets itself, and the option that says how."""
-
-PLACES = ("data.root", "data.cache")
-"""Keys that say where data lie, which never change the numbers."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class PlannedRun:
         if found.config.digest() != self.config.digest():
             raise RunFolderError(
                 f"the run in {str(self.folder)!r} has other settings: "
-                f"{'; '.join(differences(found.config, self.config))}. Results are never overwritten: "
+                f"{'; '.join(self.config.differences(found.config.to_flat()))}. Results are never overwritten: "
                 "ask for the same settings, give --out another folder, or remove this run"
             )
         return found.has(SUMMARY)
@@ -203,12 +200,6 @@ def find_preset(name: str) -> Path | None:
     return found[name]
 
 
-def differences(found: FrampConfig, asked: FrampConfig) -> list[str]:
-    """What differs between two configurations, among the keys that can change numbers."""
-    there, here = _numbers_of(found), _numbers_of(asked)
-    return [f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
-
-
 def usable_workers(workers: int | None, runs: int) -> int:
     """Processes for so many runs: as asked, or one per core."""
     return max(1, min(workers or os.cpu_count() or 1, runs))
@@ -224,15 +215,6 @@ def parse_list(text: str, option: str, kind: Callable[[str], Item]) -> tuple[Ite
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"{option} {text!r} is not a comma-separated list: {error}") from error
-
-
-def _numbers_of(config: FrampConfig) -> dict[str, Scalar]:
-    """The flat keys that :meth:`framp_core.config.FrampConfig.digest` covers."""
-    return {
-        key: value
-        for key, value in config.to_flat().items()
-        if key not in PLACES and not key.startswith(("engine.", "output."))
-    }
 
 
 def check_known(name: str, known: Iterable[str], what: str) -> None:

@@ -28,6 +28,8 @@ from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
 from framp_core.run_folder import RunFolder
 from server_app.replies import without_colours
+from server_app.resume import checkpoint_of
+from server_app.strategies import STRATEGIES
 
 logger = logging.getLogger("flwr.framp")
 _CONNECTION = "framp"
@@ -45,11 +47,16 @@ def run_flower(config: FrampConfig) -> RunFolder:
 
     Raises:
         RunFolderError: the run folder exists.
+        ResumeError: the run that ``output.resume`` names cannot go on.
         EngineError: no app folder, no SuperLink, or the run did not complete; carries Flower's own words.
     """
-    if not config.output.folder:
+    folder = Path(config.output.resume or config.output.folder)
+    if config.output.resume:
+        checkpoint_of(RunFolder.open(folder), config, STRATEGIES[config.method])
+    elif config.output.folder:
+        RunFolder.refuse_existing(folder)
+    else:
         raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
-    RunFolder.refuse_existing(Path(config.output.folder))
     app = code_root()
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
@@ -62,7 +69,7 @@ def run_flower(config: FrampConfig) -> RunFolder:
     except BaseException:
         logger.error("Flower's files of this run, its logs among them, stay in %s", home)
         raise
-    run = RunFolder.open(Path(config.output.folder))
+    run = RunFolder.open(folder)
     shutil.move(log, run.path / log.name)
     shutil.rmtree(home, ignore_errors=True)
     return run

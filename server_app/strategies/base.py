@@ -14,10 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from framp_core.checkpoints import Checkpoint
 from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError
+from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError, ResumeError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
 from framp_core.mask_statistics import mask_statistics
@@ -39,10 +40,14 @@ from server_app.recording import (
 )
 from server_app.registry import ClientRecord, ClientRegistry
 from server_app.replies import Refusal, Reply, read_replies
+from server_app.resume import origin
 
 logger = logging.getLogger("flwr.framp")
 ALIGNED_ROUND = 2
 """The first round in which clients align: no global prototypes exist before the first one has ended."""
+
+DESCRIPTORS = "registry.descriptors"
+"""The tensor of a checkpoint that is the registry's; all others are of :meth:`SubmodelStrategy.state`."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,11 @@ class SubmodelStrategy(Strategy):
     ``prototypes``            class prototypes that travel down                    none
     ``train_instructions``    flat config keys for one client and round            none
     ``server_update``         new server state from the accepted updates           (required)
-    ``state``                 tensors of the checkpoint                            (required)
+    ``state``, ``restore``    tensors of the checkpoint, and back from them        (required)
     ========================  ===================================================  ===========================
 
-    Everything else (bytes, events, refusals, evaluation, fingerprints) is shared.
+    Everything else (bytes, events, refusals, evaluation, checkpoints, fingerprints) is shared. What lasts for more than
+    a round has to be in ``state``; random numbers do not, since every stream is made anew from its purpose and round.
 
     A method whose masks keep whole channels (:mod:`framp_core.structured`) sets the class attribute ``slim``: the
     selected channels then travel in place of a mask and the client trains a physically smaller network, whose
@@ -120,6 +126,9 @@ class SubmodelStrategy(Strategy):
     Args:
         config: the run's configuration.
         run: where events and results are written.
+
+    Attributes:
+        rounds_done: rounds that a resumed run did before; Flower counts only those that are left.
     """
 
     slim: ClassVar[bool] = False
@@ -145,6 +154,10 @@ class SubmodelStrategy(Strategy):
         self.run = run
         self.registry = ClientRegistry(config, self._instruction(0))
         self.layout: ParameterLayout
+        self.rounds_done = 0
+        self._origin = origin(config, type(self))
+        self._checkpoint: Checkpoint | None = None
+        self._begun = False
         self._outbox: list[Outgoing] = []
         self._empty_rounds = 0
         self._started = time.monotonic()
@@ -197,6 +210,10 @@ class SubmodelStrategy(Strategy):
     def state(self) -> dict[str, Tensor]:
         """Tensors of the checkpoint."""
 
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave, after :meth:`build`; later rounds must not tell the difference."""
+
     # Flower's strategy interface --------------------------------------------------------------------------------
 
     def summary(self) -> None:
@@ -214,6 +231,7 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Messages for the sampled clients. A list: Flower's deployment grid walks over it twice."""
+        server_round += self.rounds_done
         self._started = time.monotonic()
         self._discover(server_round, grid)
         clients = self.sample(self.registry.online("train"), server_round)
@@ -227,6 +245,7 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Update the server's state from the valid replies; the rest is refused and recorded."""
+        server_round += self.rounds_done
         sent, good, refused = self._collect(replies)
         updates, rows = [], []
         for reply in good:
@@ -244,14 +263,13 @@ class SubmodelStrategy(Strategy):
         self._outbox = []
         self._stop_if_hopeless(server_round, learnt, refused)
         final = server_round == self.config.rounds
-        if final or server_round % self.config.output.checkpoint_every == 0:
-            self.run.write_checkpoint(self.state(), {"round": server_round, "config_digest": self.config.digest()})
         return ArrayRecord(self.state()) if final else None, mean_record(rows)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Messages for all connected clients, every ``evaluation.every`` rounds and in the last one."""
+        server_round += self.rounds_done
         self._started = time.monotonic()
         final = server_round == self.config.rounds
         self._outbox = []
@@ -267,8 +285,10 @@ class SubmodelStrategy(Strategy):
         return [item.message for item in self._outbox]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Record every client's counts."""
+        """Record every client's counts, and write the checkpoint that the round ends with."""
+        server_round += self.rounds_done
         if not self._outbox:
+            self._write_checkpoint(server_round)
             return None
         down_bytes = sum(sum(item.parts.values()) for item in self._outbox)
         sent, good, refused = self._collect(replies)
@@ -290,29 +310,77 @@ class SubmodelStrategy(Strategy):
         self._outbox = []
         if not rows:
             raise EngineError(f"no client could be evaluated in round {server_round}; {_first_reason(refused)}")
+        self._write_checkpoint(server_round)
         return accuracy_record(rows)
+
+    # Resuming ---------------------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on after a checkpoint of the same code and settings, once the clients are found to have the same data."""
+        self._checkpoint, self.rounds_done = checkpoint, checkpoint.round
+        self.registry.restore(checkpoint.tensors[DESCRIPTORS].numpy(), checkpoint.state["clients"])
+        if checkpoint.round == self.config.rounds:  # It lacks its report alone, and meets no client.
+            self.run.rewind(checkpoint.round, checkpoint.state["events-bytes"])
+
+    def _go_on(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
+        saved = checkpoint.state
+        if self.registry.task != saved["task"]:
+            raise ResumeError(
+                f"the clients have {self.registry.task}; the checkpoint in {str(self.run.path)!r} is about "
+                f"{saved['task']}. Go on with the data that it was trained on, or start a new run"
+            )
+        moved = self.registry.moved(checkpoint.tensors[DESCRIPTORS].numpy(), saved["clients"])
+        if moved:
+            raise ResumeError(
+                f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
+                f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
+            )
+        self._build(client)
+        self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
+        self._empty_rounds = saved["empty-rounds"]
+        self.run.rewind(checkpoint.round, saved["events-bytes"])
+        logger.info("resumed after round %d; Flower counts the rounds that are left", checkpoint.round)
+
+    def _write_checkpoint(self, server_round: int) -> None:
+        if server_round != self.config.rounds and server_round % self.config.output.checkpoint_every:
+            return
+        descriptors, clients = self.registry.state()
+        state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
+        self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
 
     # Shared steps -----------------------------------------------------------------------------------------------
 
     def _discover(self, server_round: int, grid: Grid) -> None:
         """Meet the clients before the first round; later, meet those that came since."""
-        if not self.registry.clients:
-            self.registry.wait(grid)
-            self._start(sorted(self.registry.clients.values(), key=lambda client: client.name))
-        known = dict(self.registry.clients)
+        known = set(self.registry.clients)  # In a resumed run, those of the checkpoint.
+        if not self._begun:
+            self._begin(grid)
+            known = known or set(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
         joined = [client for name, client in self.registry.clients.items() if name not in known]
         refused = self.registry.take_refusals()
         if joined or refused:
             self._record("join", server_round, refused, clients=client_rows(joined))
 
+    def _begin(self, grid: Grid) -> None:
+        self.registry.wait(grid)
+        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
+        if self._checkpoint is None:
+            self._start(clients)
+        else:
+            self._go_on(self._checkpoint, clients[0])
+        self._begun, self._checkpoint = True, None
+
+    def _build(self, client: ClientRecord) -> dict[str, int]:
+        model = build_model(self.config.model, client.shape, client.classes)
+        self.layout = ParameterLayout.of(model)
+        self._classes, self._feature_size = client.classes, model.feature_size
+        initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
+        return self.build(initial, model.feature_size, client)
+
     def _start(self, clients: Sequence[ClientRecord]) -> None:
         first, nodes, wanted = clients[0], self.registry.expected, self.config.partition.nodes
-        model = build_model(self.config.model, first.shape, first.classes)
-        self.layout = ParameterLayout.of(model)
-        self._classes, self._feature_size = first.classes, model.feature_size
-        initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
-        facts = self.build(initial, model.feature_size, first)
+        facts = self._build(first)
         if nodes != wanted:
             logger.warning(
                 "the data are partitioned over %d nodes, the configuration asks for %d; to get them: "

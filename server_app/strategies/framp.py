@@ -1,6 +1,6 @@
 """FRAMP (arXiv 2604.11278): hypernetwork, global top-k masks, prototype alignment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -77,3 +77,11 @@ class FrampStrategy(SubmodelStrategy):
             "prototypes.means": torch.from_numpy(self.bank.means),
             "prototypes.counts": torch.from_numpy(self.bank.counts),
         }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put all of it back, the mixture's centres among the generator's tensors."""
+        self.generator_update.load_state_dict(state)
+        self.standardiser.reference = state["standardiser.reference"].numpy()
+        self.standardiser.scale = state["standardiser.scale"].numpy()
+        self.bank.means = state["prototypes.means"].numpy()
+        self.bank.counts = state["prototypes.counts"].numpy()

@@ -72,5 +72,14 @@ class LocalOnlyStrategy(SubmodelStrategy):
             state[f"clients.{name}.mask"] = torch.from_numpy(model.mask)
         return state
 
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give every client its own model back."""
+        self.initial = state["initial"].numpy()
+        names = [key.removeprefix("clients.").removesuffix(".values") for key in state if key.endswith(".values")]
+        self.models = {
+            name: LocalModel(state[f"clients.{name}.values"].numpy(), state[f"clients.{name}.mask"].numpy())
+            for name in names
+        }
+
     def _mask(self, model: LocalModel) -> np.ndarray:
         return np.unpackbits(model.mask, count=self.layout.size).view(bool)

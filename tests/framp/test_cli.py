@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from framp import cli
+from framp_core.run_folder import RunFolder
 from tests.conftest import TINY
 
 runner = CliRunner()
@@ -105,3 +106,71 @@ def test_an_existing_run_folder_is_refused(
         assert "exists" in fails(monkeypatch, capfd, *arguments, "--engine", engine)
     assert (tmp_path / "run" / "summary.json").read_text() == summary
     assert json.loads(summary)["rounds"] == 2
+
+
+class Killed(BaseException):
+    """In place of a signal that nothing can catch."""
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that died after its first round."""
+
+    def dies(run: RunFolder, round: int, *state: object) -> None:
+        original(run, round, *state)
+        if round == 1:
+            raise Killed
+
+    original = RunFolder.write_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_checkpoint", dies)
+        arguments = ["run", "--out", str(tmp_path / "run"), "-o", "output.checkpoint-every=1", *options(tmp_path)]
+        with pytest.raises(Killed):
+            runner.invoke(cli.app, arguments)
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_where_it_stopped(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(unfinished.parent)
+    result = runner.invoke(cli.app, ["run", "--resume", "run", "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    for words in ("round 1/2", "round 2/2", "Union"):
+        assert result.output.count(words) == 1
+    assert (unfinished / "report.html").is_file()
+    assert "after round 1" in json.loads((unfinished / "environment.json").read_text())["resumed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "rounds=3"], "rounds is 2 there and 3 here"),
+        (["-o", "method=local"], "method is 'framp' there and 'local' here"),
+        (["--engine", "flower", "-o", "seed=1"], "ResumeError: the checkpoint"),
+        (["other.toml"], "leave out other.toml"),
+        (["--out", "other"], "give one of them"),
+        (["-o", "output.folder=other"], "give one of them"),
+        (["--resume", "."], "is not a run folder"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_alone(
+    arguments: list[str],
+    words: str,
+    unfinished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(unfinished.parent)
+    events = (unfinished / "events.jsonl").read_bytes()
+    assert words in fails(monkeypatch, capfd, "run", "--resume", str(unfinished), *arguments)
+    assert (unfinished / "events.jsonl").read_bytes() == events
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == ["cache", "run"]
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runner.invoke(cli.app, ["run", "--out", str(tmp_path / "run"), *options(tmp_path)])
+    for engine in ("local", "flower"):
+        message = fails(monkeypatch, capfd, "run", "--resume", str(tmp_path / "run"), "--engine", engine)
+        assert "ResumeError" in message
+        assert "is finished" in message

@@ -13,6 +13,7 @@ import pytest
 
 from framp.engines import run_flower, run_local
 from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.errors import EngineError
 from framp_core.run_folder import RunFolder
 from tests.small_graph import save_small_graph
@@ -71,3 +72,29 @@ def test_termination_stops_everything_that_was_started(tmp_path: Path) -> None:
         assert [home for home in map(_home_of, psutil.process_iter()) if home.startswith(str(tmp_path))]
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_run_that_was_killed_in_process_goes_on_in_flower(
+    tiny: Callable[..., FrampConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes have other ids then, and its clients other processes."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(run: RunFolder, round: int, *state: object) -> None:
+        original(run, round, *state)
+        if round == 2:
+            raise Killed
+
+    values: dict[str, Scalar] = {"rounds": 4, "output.checkpoint-every": 1, "server.discovery-deadline": 500}
+    original, config = RunFolder.write_checkpoint, tiny(values)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_checkpoint", dies)
+        with pytest.raises(Killed):
+            run_local(config)
+    places: dict[str, Scalar] = {"output.folder": "", "output.resume": config.output.folder, "engine.workers": 2}
+    resumed = run_flower(FrampConfig.from_flat({**config.to_flat(), **places}))
+    assert measured(resumed) == measured(run_local(tiny(values, "whole")))
+    assert "after round 2" in resumed.json("environment.json")["resumed"]

@@ -166,55 +166,59 @@ def test_missing_json_is_named(tmp_path: Path) -> None:
         run.json("summary.json")
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_how_far_the_events_went(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", CONFIG)
-    shared = torch.randn(7, generator=torch.Generator().manual_seed(0))
-    tensors = {
-        "theta": shared,
-        "view": shared[2:5],
-        "half": shared.to(torch.bfloat16),
-        "scalar": torch.tensor(3),
-        "numpy": np.arange(6, dtype=np.int64).reshape(2, 3)[:, ::2],
-        "leaf": torch.nn.Parameter(torch.ones(2)),
-    }
-    run.write_checkpoint(tensors, {"round": 4, "strength": 0.5})
-    read, meta = RunFolder.open(run.path).read_checkpoint()
-    assert meta == {"round": 4, "strength": 0.5}
-    assert set(read) == set(tensors)
-    for name, tensor in tensors.items():
-        expected = torch.as_tensor(tensor).detach()
-        assert read[name].dtype == expected.dtype
-        assert torch.equal(read[name], expected)
+    with pytest.raises(RunFolderError, match="holds no checkpoint"):
+        run.read_checkpoint()
+    for round in (1, 2, 3):
+        run.event("train", round, note="é")
+        run.write_checkpoint(round, {"theta": torch.full((2,), round)}, {"share": Fraction(1, 4)})
+    tensors, state = RunFolder.open(run.path).read_checkpoint()
+    assert torch.equal(tensors["theta"], torch.full((2,), 3))
+    assert state == {"share": "1/4", "round": 3, "events-bytes": (run.path / "events.jsonl").stat().st_size}
+    assert run.checkpoints.rounds() == [3, 2]
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rewinding_cuts_what_comes_again_and_says_so(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", CONFIG)
+    run.event("train", 1, note="é")
+    run.write_checkpoint(1, {}, {})
+    run.event("train", 2)
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    for number in (1, 2):
+        resumed = RunFolder.open(run.path)
+        resumed.rewind(1, resumed.read_checkpoint()[1]["events-bytes"])
+        assert [event["round"] for event in resumed.events()] == [1]
+        assert resumed.json("environment.json")["resumed"].count("after round 1") == number
+        resumed.event("train", 2)
+    before = (run.path / "events.jsonl").read_bytes()
+    for length in (len(before) + 1, len(before) - 3):
+        with pytest.raises(RunFolderError, match=r"does not hold the \d+ bytes"):
+            run.rewind(1, length)
+    assert (run.path / "events.jsonl").read_bytes() == before
+
+
+def test_going_on_with_other_versions_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder.create(tmp_path / "run", CONFIG)
-    run.write_checkpoint({"theta": torch.zeros(2)}, {"round": 1})
-
-    def killed(name: str, data: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "write_json", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run.write_checkpoint({"theta": torch.ones(2)}, {"round": 2})
-    assert run.read_checkpoint()[1] == {"round": 1}
-    assert torch.equal(run.read_checkpoint()[0]["theta"], torch.zeros(2))
-    run.write_checkpoint({"theta": torch.ones(2)}, {"round": 3})
-    assert torch.equal(run.read_checkpoint()[0]["theta"], torch.ones(2))
-    assert len(list((run.path / "checkpoint").iterdir())) == 2
+    monkeypatch.setattr(module, "_version", lambda package: "9.9" if package == "torch" else "1")
+    monkeypatch.setattr(module, "PACKAGES", ("torch",))
+    with caplog.at_level("WARNING", logger="flwr"):
+        run.rewind(4, 0)
+    assert "torch 9.9" in caplog.text
+    environment = run.json("environment.json")
+    assert environment["resumed"].endswith("torch 9.9")
+    assert environment["versions"]["torch"] != "9.9"
 
 
-def test_a_checkpoint_without_its_tensors_is_named(tmp_path: Path) -> None:
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", CONFIG)
-    with pytest.raises(RunFolderError, match=r"holds no checkpoint/checkpoint.json"):
-        run.read_checkpoint()
-    run.write_checkpoint({"theta": torch.zeros(2)}, {})
-    next((run.path / "checkpoint").glob("*.safetensors")).unlink()
-    with pytest.raises(RunFolderError, match=r"holds no checkpoint/tensors-000001.safetensors"):
-        run.read_checkpoint()
+    with run.alone(), pytest.raises(RunFolderError, match="another process"), RunFolder.open(run.path).alone():
+        pass
+    with RunFolder.open(run.path).alone():
+        pass
 
 
 def test_tensorboard_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +234,12 @@ def test_tensorboard_gets_the_accuracy_of_each_size_before_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[tuple[str, float, int]] = []
+    asked: list[dict[str, int]] = []
 
     class Board:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, **again: int) -> None:
             assert folder == str(tmp_path / "run" / "tensorboard")
+            asked.append(again)
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             written.append((tag, value, step))
@@ -250,3 +256,7 @@ def test_tensorboard_gets_the_accuracy_of_each_size_before_fine_tuning(
     sizes = ("local/1/4", "local/mean")
     assert written == [(tag, value, step) for value, step in ((0.25, 1), (0.75, 2)) for tag in sizes]
     assert [json.loads(line)["round"] for line in (run.path / "events.jsonl").read_text().splitlines()] == [1, 1, 2]
+    resumed = RunFolder.open(run.path)
+    resumed.rewind(1, 0)
+    resumed.event(**evaluated(2, 3))  # type: ignore[arg-type]
+    assert asked == [{}, {"purge_step": 2}]

@@ -133,7 +133,7 @@ def test_a_run_leaves_everything_it_promises(tiny: Build) -> None:
     config = tiny({"evaluation.fine-tune-steps": 2})
     run = run_local(config)
     names = {path.name for path in run.path.iterdir()}
-    expected = {"config.toml", "manifest.json", "environment.json", "events.jsonl", "clients.csv", "checkpoint"}
+    expected = {"config.toml", "manifest.json", "environment.json", "events.jsonl", "clients.csv", "checkpoints"}
     assert expected | {"report.html", "figures", "masks.json", "summary.json"} <= names
     assert FrampConfig.load(run.path / "config.toml") == config
     start, *_ = events(run, "start")
@@ -322,10 +322,11 @@ def test_checkpoints_come_at_their_interval_and_at_the_end(tiny: Build, monkeypa
     monkeypatch.setattr(
         RunFolder,
         "write_checkpoint",
-        lambda self, tensors, meta: (written.append(meta["round"]), original(self, tensors, meta)),
+        lambda self, round, *state: (written.append(round), original(self, round, *state)),
     )
     run = run_local(tiny({"rounds": 5, "output.checkpoint-every": 2}))
     assert written == [2, 4, 5]
+    assert run.checkpoints.rounds() == [5, 4]
     tensors, meta = run.read_checkpoint()
     assert meta["round"] == 5
     assert {"generator.theta_0", "prototypes.means"} <= set(tensors)
