@@ -19,6 +19,7 @@ from framp.compare.results import Results
 from framp.compare.runner import Failure
 from framp.compare.statistics import COLUMNS, LEVEL, MINIMUM_PAIRS, RESAMPLES, PairedTest, compare
 from framp.compare.tuning import Tuning
+from framp_core.config import GRAPH_DATA, FrampConfig
 from framp_core.methods import METHODS, is_ablation
 from framp_core.metrics import MEAN
 from framp_core.report.figures import FOLDER, Drawn
@@ -194,11 +195,17 @@ def sentence(comparison: Comparison, results: Results) -> str:
     return (
         f"{part.clients} training and {part.unseen_clients} unseen clients, {part.scheme} partition of "
         f"{config.data.title}, {config.rounds} rounds of {min(config.server.clients_per_round, part.clients)} clients "
-        f"and {config.local.steps} local steps of batch {config.local.batch_size}; seeds "
+        f"and {config.local.steps} local steps {_batches(config)}; seeds "
         f"{', '.join(map(str, results.seeds))}. A seed fixes partition, sizes and initial weights, the same for every "
         f"method (the digests of the partitions were compared). Rounds and evaluations of all {len(results.runs)} "
         f"runs took {human_seconds(seconds)}."
     )
+
+
+def _batches(config: FrampConfig) -> str:
+    if config.data.name in GRAPH_DATA:
+        return f"on whole subgraphs (batch {config.local.batch_size} above {config.graph.full_batch_nodes:,} nodes)"
+    return f"of batch {config.local.batch_size}"
 
 
 def _notes(comparison: Comparison, results: Results, failures: Sequence[Failure]) -> list[str]:
