@@ -41,7 +41,7 @@ from framp_core.fingerprint import code_fingerprint
 from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
 from framp_core.prototypes import Prototypes
 
-PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "zstandard")
+PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors")
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
