@@ -1,10 +1,10 @@
 """The server's side of masks coded as flips: one reference per size and round, and who holds which.
 
-Masks of one round and size are nearly the same for all clients, and drift from round to round. The reference of a
-round is the majority over the masks that are about to be sent. A client that holds none is given the newest one with
-its first mask; one that returns has its mask coded against the reference it holds, or is first brought up to the
-newest one by flips. Per client the server keeps the name of a reference, not a mask, and forgets it whenever a message
-may not have arrived.
+Masks of one round and size are nearly the same for all clients, and drift from round to round. At named rounds the
+majority over the masks that are about to be sent becomes their size's reference. A client that holds none is given the
+newest one with its first mask; one that returns has its mask coded against the reference it holds, or is first brought
+up to the newest one by flips. Per client the server keeps the name of a reference, not a mask, and forgets it whenever
+a message may not have arrived.
 """
 
 from collections import defaultdict
@@ -15,11 +15,12 @@ import numpy as np
 
 from framp_core.codec import Reference, encode_mask_part
 
-KEPT_PER_SIZE = 16
+KEPT_PER_SIZE = 32
 """References that the server keeps of each size; the holder of an older one is given the newest."""
 RENEWAL_WORTH = 1.5
-"""How many times a mask against the old reference the message with the newest may cost: what is newer now saves later.
-"""
+"""How many times a mask against the old reference the newest one and a mask may cost: the next masks gain by it."""
+ROUNDS_PER_RETURN = 8
+"""References made in the mean time between two visits of a client; a newer one would be little nearer to its mask."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,32 @@ class MaskReferences:
 
     Args:
         sizes: weights of each maskable tensor, summing to m.
+        visits: mean number of rounds between two visits of a client. References are made every
+            ``visits / ROUNDS_PER_RETURN`` rounds, so that ``KEPT_PER_SIZE`` of them reach four visits back.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], visits: float = 1.0) -> None:
         self._sizes = sizes
+        self._every = max(1, round(visits / ROUNDS_PER_RETURN))
         self._kept: dict[Hashable, dict[int, Reference]] = {}
         self._newest: dict[Hashable, Reference] = {}
         self._held: dict[str, int] = {}
 
-    def renew(self, masks: Iterable[tuple[Hashable, np.ndarray]]) -> None:
-        """Make the majority of this round's masks of each size its newest reference.
+    def renew(self, server_round: int, masks: Iterable[tuple[Hashable, np.ndarray]]) -> None:
+        """At a named round, make the majority of the masks of each size its newest reference; at others, its first.
 
         Full masks have none: coded alone they take two bytes.
 
         Args:
+            server_round: the current round, from 1.
             masks: size and mask, bool ``(m,)``, of every client that is about to be sent one; looked at one by one.
         """
         votes: dict[Hashable, np.ndarray] = {}
         voters: dict[Hashable, int] = defaultdict(int)
+        named = (server_round - 1) % self._every == 0
         for size, mask in masks:
+            if not named and size in self._newest:
+                continue
             votes.setdefault(size, np.zeros(mask.shape, np.uint16))[:] += mask
             voters[size] += 1
         for size, count in votes.items():

@@ -234,7 +234,7 @@ class SubmodelStrategy(Strategy):
         clients = self.sample(self.registry.online("train"), server_round)
         prototypes = self.prototypes()
         cuts = [self._cut(client, server_round, evaluation=False) for client in clients]
-        self._renew_references(cuts)
+        self._renew_references(server_round, cuts)
         self._outbox = [self._outgoing(MessageType.TRAIN, cut, server_round, prototypes, config) for cut in cuts]
         return [item.message for item in self._outbox]
 
@@ -333,7 +333,7 @@ class SubmodelStrategy(Strategy):
         first, nodes, wanted = clients[0], self.registry.expected, self.config.partition.nodes
         model = build_model(self.config.model, first.shape, first.classes)
         self.layout = ParameterLayout.of(model)
-        self.references = MaskReferences(self.layout.maskable_sizes)
+        self.references = MaskReferences(self.layout.maskable_sizes, nodes / self.config.server.clients_per_round)
         self._classes, self._feature_size = first.classes, model.feature_size
         initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
         facts = self.build(initial, model.feature_size, first)
@@ -368,11 +368,12 @@ class SubmodelStrategy(Strategy):
         mask = self.extract(theta, client, server_round)
         return Cut(client, theta[mask], np.packbits(mask))
 
-    def _renew_references(self, cuts: Sequence[Cut]) -> None:
+    def _renew_references(self, server_round: int, cuts: Sequence[Cut]) -> None:
         """The masks of this round vote on what later masks are coded against."""
         if not self.slim:
             maskable, size = self.layout.maskable, self.layout.size
-            self.references.renew((cut.client.capacity, _unpacked(cut.mask_bits, size)[maskable]) for cut in cuts)
+            masks = ((cut.client.capacity, _unpacked(cut.mask_bits, size)[maskable]) for cut in cuts)
+            self.references.renew(server_round, masks)
 
     def _outgoing(
         self,
