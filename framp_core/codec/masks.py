@@ -96,8 +96,13 @@ def encode_flips(kept: np.ndarray, reference: np.ndarray, sizes: Sequence[int]) 
         reference: bool ``(m,)``.
         sizes: weights of each tensor, summing to m.
     """
-    flips = kept ^ reference
-    return encode_bits(np.concatenate([flips[reference], flips[~reference]]), _by_side(reference, sizes))
+    # Through the few flipped positions: selecting by a random mask of a quarter takes NumPy ten times as long.
+    places = np.flatnonzero(kept ^ reference)
+    ranks = np.cumsum(reference, dtype=np.int32)
+    held, leaves = int(np.count_nonzero(reference)), reference[places]
+    flips = np.zeros(kept.size, dtype=np.bool_)
+    flips[np.where(leaves, ranks[places] - 1, held + places - ranks[places])] = True
+    return encode_bits(flips, _by_side(reference, sizes))
 
 
 def decode_flips(data: bytes | memoryview, reference: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -112,8 +117,8 @@ def decode_flips(data: bytes | memoryview, reference: np.ndarray, sizes: Sequenc
     flips, used = decode_bits(data, _by_side(reference, sizes))
     held = int(np.count_nonzero(reference))
     kept = reference.copy()
-    kept[reference] ^= flips[:held]
-    kept[~reference] = flips[held:]
+    kept[np.flatnonzero(reference)[np.flatnonzero(flips[:held])]] = False
+    kept[np.flatnonzero(~reference)[np.flatnonzero(flips[held:])]] = True
     return kept, used
 
 
