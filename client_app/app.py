@@ -7,10 +7,11 @@ and an exception would lose its traceback on the way. Errors travel as content, 
 import traceback
 from collections.abc import Callable
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.client import Client, Instruction
+from client_app.held_reference import HeldReference
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
 from framp_core.threads import torch_threads
@@ -39,7 +40,8 @@ def answer(handler: Handler, message: Message, context: Context) -> Message:
     try:
         instruction = Instruction.read(message.content)
         check_fingerprint(instruction.fingerprint)
-        client = Client.of(context.run_config, context.node_config, instruction.overrides)
+        held = HeldReference(context.state)
+        client = Client.of(context.run_config, context.node_config, instruction.overrides, held)
         with torch_threads(client.config.local.threads):
             content = handler(instruction, client)
     except Exception as error:
@@ -53,25 +55,27 @@ def _describe_error(error: Exception) -> ConfigRecord:
     )
 
 
-def _payload(blob: bytes) -> ConfigRecord:
-    return ConfigRecord({"payload": blob})
+def _framp(client: Client, **values: ConfigRecordValues) -> ConfigRecord:
+    """The record ``framp`` of a reply; it names the reference mask that the client holds."""
+    name = client.held.name
+    return ConfigRecord(values if name is None else {**values, "reference": name})
 
 
 def describe_client(instruction: Instruction, client: Client) -> RecordDict:
     """Name, role, capacity and the descriptor of the client's data."""
-    return RecordDict({"client": ConfigRecord(client.card()), "framp": _payload(client.describe())})
+    return RecordDict({"client": ConfigRecord(client.card()), "framp": _framp(client, payload=client.describe())})
 
 
 def train_client(instruction: Instruction, client: Client) -> RecordDict:
     """Local training of the submodel in the message."""
     blob, metrics = client.train(instruction.payload, instruction.server_round)
-    return RecordDict({"framp": _payload(blob), "metrics": MetricRecord(metrics)})
+    return RecordDict({"framp": _framp(client, payload=blob), "metrics": MetricRecord(metrics)})
 
 
 def evaluate_client(instruction: Instruction, client: Client) -> RecordDict:
     """Accuracy counts of the submodel in the message."""
     metrics = client.evaluate(instruction.payload, instruction.server_round, instruction.final)
-    return RecordDict({"metrics": MetricRecord(metrics)})
+    return RecordDict({"framp": _framp(client), "metrics": MetricRecord(metrics)})
 
 
 @app.query("describe")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
+from client_app.held_reference import HeldReference
 from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
 from framp_core.config import FrampConfig, ModelConfig
 from framp_core.config_values import Scalar, parse_capacity
@@ -101,10 +102,15 @@ class Client:
     config: FrampConfig
     data: ClientData
     partitions: int
+    held: HeldReference
 
     @classmethod
     def of(
-        cls, run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar], overrides: Mapping[str, Scalar]
+        cls,
+        run_config: Mapping[str, Scalar],
+        node_config: Mapping[str, Scalar],
+        overrides: Mapping[str, Scalar],
+        held: HeldReference | None = None,
     ) -> Self:
         """Build the client of one Flower node.
 
@@ -113,6 +119,7 @@ class Client:
             node_config: ``partition-id`` and ``num-partitions``; optional ``data-dir`` (absolute, wins over
                 ``data.root``), ``capacity`` and ``client-name``.
             overrides: flat keys that the server sent for this round.
+            held: the reference mask that the node holds.
 
         Raises:
             ConfigError: the node's configuration lacks its partition.
@@ -132,7 +139,7 @@ class Client:
             name=str(node_config.get("client-name", data.name)),
             capacity=parse_capacity(node_config.get("capacity", data.capacity)),
         )
-        return cls(config, data, partitions)
+        return cls(config, data, partitions, held or HeldReference(RecordDict()))
 
     @cached_property
     def model(self) -> FlatModel:
@@ -209,8 +216,10 @@ class Client:
             return self._read_slim(payload)
         layout = self.model.layout
         expected = None if self.config.extraction.name == "full" else layout.kept(self.data.capacity)
-        feature_size = self.model.model.feature_size
-        return self.model, decode_submodel(payload, layout, self.data.classes, feature_size, expected)
+        feature_size, held = self.model.model.feature_size, self.held.read(layout.maskable_sizes)
+        submodel = decode_submodel(payload, layout, self.data.classes, feature_size, expected, held)
+        self.held.write(submodel.reference, layout.maskable_sizes)
+        return self.model, submodel
 
     def _read_slim(self, payload: bytes) -> tuple[FlatModel, Submodel]:
         config, shape, classes, capacity = self.config.model, self.data.shape, self.data.classes, self.data.capacity

@@ -52,6 +52,10 @@ class MaskMismatchError(ProtocolError):
     """A mask has indices out of range or another number of kept weights than expected."""
 
 
+class UnknownReferenceError(ProtocolError):
+    """A mask is coded against a reference that the receiver does not hold."""
+
+
 class NonFiniteError(ProtocolError):
     """A tensor in the message holds NaN or infinity."""
 

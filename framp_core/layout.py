@@ -123,6 +123,11 @@ class ParameterLayout:
         return sum(slot.size for slot in self.slots if slot.maskable)
 
     @cached_property
+    def maskable_sizes(self) -> list[int]:
+        """Number of elements per maskable slot."""
+        return [slot.size for slot in self.slots if slot.maskable]
+
+    @cached_property
     def always_kept_size(self) -> int:
         """Number of parameters that no mask drops."""
         return self.size - self.maskable_size

@@ -45,7 +45,7 @@ from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
 from framp_core.prototypes import Prototypes
 
 logger = logging.getLogger("flwr.framp.resume")
-PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "zstandard")
+PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors")
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"

@@ -36,8 +36,11 @@ def client_rows(clients: Iterable[ClientRecord]) -> list[Row]:
     ]
 
 
-def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, int]) -> Row:
-    """One client's training in one round, with the parameters it held and the bytes of its messages by part."""
+def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, int], mask_alone: int) -> Row:
+    """One client's training in one round, with the parameters it held and the bytes of its messages by part.
+
+    ``mask_alone`` is what its mask would have cost without a reference.
+    """
     return {
         "client": update.client.name,
         "capacity": str(update.client.capacity),
@@ -46,6 +49,7 @@ def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, 
         "held": int(update.mask.sum()),
         "down": dict(down),
         "up": dict(up),
+        "mask_alone": mask_alone,
     }
 
 

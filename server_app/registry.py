@@ -18,7 +18,7 @@ from framp_core.config import FrampConfig
 from framp_core.config_values import parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError
 from framp_core.metrics import Role
-from server_app.replies import Refusal, Reply, read_replies
+from server_app.replies import Refusal, Reply, held_reference, read_replies
 
 logger = logging.getLogger("flwr.framp")
 POLL_SECONDS = 0.2
@@ -46,6 +46,7 @@ class ClientRecord:
         partition_digest: hash of the partition the client works on.
         descriptor: v_i, float32 ``(d,)``.
         descriptor_bytes: size of the encoded descriptor.
+        reference: name of the reference mask that the client holds, None for none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ClientRecord:
     partition_digest: str
     descriptor: np.ndarray
     descriptor_bytes: int
+    reference: object = None
 
     @classmethod
     def read(cls, node_id: int, content: RecordDict) -> "ClientRecord":
@@ -81,6 +83,7 @@ class ClientRecord:
                 partition_digest=str(card["partition-digest"]),
                 descriptor=_descriptor(blob),
                 descriptor_bytes=len(blob),  # type: ignore[arg-type]
+                reference=held_reference(content),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a description lacks or garbles a field: {type(error).__name__} {error}") from error

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST_REASON = 400
@@ -57,6 +57,11 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
     for client in set(sent.values()) - set(good) - set(refused):
         refused[client] = Refusal(client, "no reply before the deadline", missing=True)
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
+
+
+def held_reference(content: RecordDict) -> object:
+    """The name of the reference mask that a client says it holds, None if it says nothing."""
+    return content.config_records.get("framp", ConfigRecord()).get("reference")
 
 
 def without_colours(text: str) -> str:

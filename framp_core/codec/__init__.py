@@ -1,9 +1,8 @@
 """The only place that turns tensors into bytes and counts them (DESIGN section 8)."""
 
-from framp_core.codec.masks import decode_mask, encode_mask
+from framp_core.codec.frame import PROTOCOL_VERSION, Encoded
+from framp_core.codec.masks import Reference, decode_mask, encode_mask, encode_mask_part
 from framp_core.codec.messages import (
-    PROTOCOL_VERSION,
-    Encoded,
     SlimSubmodel,
     Submodel,
     Update,
@@ -22,6 +21,7 @@ from framp_core.codec.values import ValueFormat, decode_values, encode_values
 __all__ = [
     "PROTOCOL_VERSION",
     "Encoded",
+    "Reference",
     "SlimSubmodel",
     "Submodel",
     "Update",
@@ -34,6 +34,7 @@ __all__ = [
     "decode_values",
     "encode_descriptor",
     "encode_mask",
+    "encode_mask_part",
     "encode_slim",
     "encode_submodel",
     "encode_update",

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from framp_core.errors import MaskMismatchError
+from framp_core.errors import MaskMismatchError, NonFiniteError
 
 ValueFormat = Literal["float32", "bfloat16", "int8"]
 BYTES_PER_VALUE: dict[ValueFormat, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -77,6 +77,19 @@ def decode_values(data: bytes | memoryview, value_format: ValueFormat, sizes: Se
     scales = np.frombuffer(data[:scale_bytes], "<f4").astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.frombuffer(data[scale_bytes:], np.int8) * np.repeat(scales, held)
+
+
+def require_finite(values: np.ndarray, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: names ``what`` and how many numbers of it are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"{np.count_nonzero(~np.isfinite(values))} of {values.size} numbers in {what} are NaN or infinite; "
+            f"lower the learning rate of the side that sent them"
+        )
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -167,7 +167,10 @@ def _communication(record: Record) -> str:
         f"In all: {human_bytes(trained)} for training in {_plural(len(exchanges), 'exchange')}, "
         f"{human_bytes(evaluated)} sent for evaluations, {human_bytes(descriptors)} of descriptors, sent once."
     )
-    caption = "<p>Mean bytes of one client in one round, counted on the messages themselves.</p>"
+    caption = (
+        "<p>Mean bytes of one client in one round, counted on the messages themselves. Mask alone: what the mask would "
+        "have cost without the reference that returning clients hold.</p>"
+    )
     return caption + _table(communication(record)) + f"<p>{escape(said)}</p>"
 
 

@@ -23,12 +23,14 @@ class Traffic:
         exchanges: pairs of messages that were averaged.
         down: bytes from server to client by part.
         up: bytes from client to server by part.
+        mask_alone: bytes of the mask without a reference; None for a run that did not note them.
     """
 
     capacity: str
     exchanges: int
     down: dict[str, float]
     up: dict[str, float]
+    mask_alone: float | None
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ def _held(record: Record, capacity: str) -> float | None:
 def _traffic(capacity: str, exchanges: Sequence[dict[str, Any]]) -> Traffic:
     down = {part: _mean(exchange["down"].get(part, 0) for exchange in exchanges) for part in PARTS}
     up = {part: _mean(exchange["up"].get(part, 0) for exchange in exchanges) for part in UP_PARTS}
-    return Traffic(capacity, len(exchanges), down, up)
+    alone = [exchange["mask_alone"] for exchange in exchanges if "mask_alone" in exchange]
+    return Traffic(capacity, len(exchanges), down, up, _mean(alone) if alone else None)
 
 
 def _mean(values: Iterable[float]) -> float:

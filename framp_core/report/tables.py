@@ -102,9 +102,10 @@ def communication(record: Record) -> Table:
     for traffic in record.traffic():
         sizes = [size for parts in (traffic.down, traffic.up) for size in (*parts.values(), sum(parts.values()))]
         cells = (Cell(human_bytes(size) if traffic.exchanges else MISSING) for size in sizes)
-        rows.append((Cell(_size(traffic.capacity)), *cells, Cell(f"{traffic.exchanges:,}")))
+        alone = Cell(MISSING if traffic.mask_alone is None else human_bytes(traffic.mask_alone))
+        rows.append((Cell(_size(traffic.capacity)), *cells, alone, Cell(f"{traffic.exchanges:,}")))
     down, up = (f"Down: {part}" for part in (*PARTS, "total")), (f"Up: {part}" for part in (*UP_PARTS, "total"))
-    return Table(("Size", *down, *up, "Exchanges"), tuple(rows), emphasised=True)
+    return Table(("Size", *down, *up, "Mask alone", "Exchanges"), tuple(rows), emphasised=True)
 
 
 def percent(fraction: float | None) -> str:

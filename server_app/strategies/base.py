@@ -21,6 +21,7 @@ from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError, ResumeError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
+from framp_core.mask_references import MaskReferences
 from framp_core.mask_statistics import mask_statistics
 from framp_core.masking import extract
 from framp_core.metrics import ClientAccuracy, PriorCounts
@@ -39,7 +40,7 @@ from server_app.recording import (
     train_row,
 )
 from server_app.registry import ClientRecord, ClientRegistry
-from server_app.replies import Refusal, Reply, read_replies
+from server_app.replies import Refusal, Reply, held_reference, read_replies
 from server_app.resume import origin
 
 logger = logging.getLogger("flwr.framp")
@@ -78,20 +79,33 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A client's submodel before it is encoded.
+
+    Masks wait as bits: an evaluation of a hundred ResNets would otherwise hold a gigabyte of booleans.
+    """
+
+    client: ClientRecord
+    theta_kept: np.ndarray
+    mask_bits: np.ndarray
+
+
+@dataclass(frozen=True)
 class Outgoing:
     """A message on its way: to whom, with which mask, at which cost. Flower fills in the message's id on sending.
 
-    Masks wait as bits: an evaluation of a hundred ResNets would otherwise hold a gigabyte of booleans.
+    ``mask_alone`` is what the mask would have cost without a reference.
     """
 
     message: Message
     client: ClientRecord
     mask_bits: np.ndarray
     parts: dict[str, int]
+    mask_alone: int
 
     def mask(self, size: int) -> np.ndarray:
         """Kept positions, bool ``(size,)``."""
-        return np.unpackbits(self.mask_bits, count=size).view(bool)
+        return _unpacked(self.mask_bits, size)
 
 
 class SubmodelStrategy(Strategy):
@@ -154,6 +168,7 @@ class SubmodelStrategy(Strategy):
         self.run = run
         self.registry = ClientRegistry(config, self._instruction(0))
         self.layout: ParameterLayout
+        self.references: MaskReferences
         self.rounds_done = 0
         self._origin = origin(config, type(self))
         self._checkpoint: Checkpoint | None = None
@@ -236,9 +251,9 @@ class SubmodelStrategy(Strategy):
         self._discover(server_round, grid)
         clients = self.sample(self.registry.online("train"), server_round)
         prototypes = self.prototypes()
-        self._outbox = [
-            self._outgoing(MessageType.TRAIN, client, server_round, prototypes, config) for client in clients
-        ]
+        cuts = [self._cut(client, server_round, evaluation=False) for client in clients]
+        self._renew_references(server_round, cuts)
+        self._outbox = [self._outgoing(MessageType.TRAIN, cut, server_round, prototypes, config) for cut in cuts]
         return [item.message for item in self._outbox]
 
     def aggregate_train(
@@ -255,7 +270,8 @@ class SubmodelStrategy(Strategy):
                 refused.append(Refusal.of(reply.client, error))
             else:
                 updates.append(update)
-                rows.append(train_row(update, sent[reply.client].parts, parts))
+                item = sent[reply.client]
+                rows.append(train_row(update, item.parts, parts, item.mask_alone))
         learnt, metrics = self._learn(updates, server_round)
         if learnt and server_round in (ALIGNED_ROUND, self.config.rounds):
             self._keep_prototypes(updates, server_round)
@@ -275,9 +291,9 @@ class SubmodelStrategy(Strategy):
         self._outbox = []
         if not final and server_round % self.config.evaluation.every:
             return []
+        cuts = (self._cut(client, server_round, evaluation=True) for client in self.registry.online())
         self._outbox = [
-            self._outgoing(MessageType.EVALUATE, client, server_round, None, config, final=final)
-            for client in self.registry.online()
+            self._outgoing(MessageType.EVALUATE, cut, server_round, None, config, final=final) for cut in cuts
         ]
         if final:
             masks = ((item.client.name, item.client.capacity, item.mask(self.layout.size)) for item in self._outbox)
@@ -290,7 +306,11 @@ class SubmodelStrategy(Strategy):
         if not self._outbox:
             self._write_checkpoint(server_round)
             return None
-        down_bytes = sum(sum(item.parts.values()) for item in self._outbox)
+        bytes_down = {
+            "down_bytes": sum(sum(item.parts.values()) for item in self._outbox),
+            "mask_bytes": sum(item.parts["mask"] for item in self._outbox),
+            "mask_alone_bytes": sum(item.mask_alone for item in self._outbox),
+        }
         sent, good, refused = self._collect(replies)
         strengths = self.config.evaluation.prior_strengths if server_round == self.config.rounds else ()
         rows: list[ClientAccuracy] = []
@@ -304,7 +324,7 @@ class SubmodelStrategy(Strategy):
                 refused.append(Refusal.of(reply.client, error))
             else:
                 rows += measured
-        self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], down_bytes=down_bytes)
+        self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], **bytes_down)
         if curves:
             self.run.event("priors", server_round, strengths=strengths, clients=[asdict(curve) for curve in curves])
         self._outbox = []
@@ -352,12 +372,15 @@ class SubmodelStrategy(Strategy):
 
     def _discover(self, server_round: int, grid: Grid) -> None:
         """Meet the clients before the first round; later, meet those that came since."""
-        known = set(self.registry.clients)  # In a resumed run, those of the checkpoint.
+        known = dict(self.registry.clients)  # In a resumed run, those of the checkpoint.
         if not self._begun:
             self._begin(grid)
-            known = known or set(self.registry.clients)
+            known = known or dict(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
         joined = [client for name, client in self.registry.clients.items() if name not in known]
+        for name, client in self.registry.clients.items():
+            if client is not known.get(name):
+                self.references.confirm(name, client.reference)
         refused = self.registry.take_refusals()
         if joined or refused:
             self._record("join", server_round, refused, clients=client_rows(joined))
@@ -374,6 +397,9 @@ class SubmodelStrategy(Strategy):
     def _build(self, client: ClientRecord) -> dict[str, int]:
         model = build_model(self.config.model, client.shape, client.classes)
         self.layout = ParameterLayout.of(model)
+        visits = self.registry.expected / self.config.server.clients_per_round
+        # None are kept over a resume, as clients may have lost theirs too; that costs bytes and changes nothing else.
+        self.references = MaskReferences(self.layout.maskable_sizes, visits)
         self._classes, self._feature_size = client.classes, model.feature_size
         initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
         return self.build(initial, model.feature_size, client)
@@ -407,33 +433,51 @@ class SubmodelStrategy(Strategy):
     def _instruction(self, server_round: int, **values: ConfigRecordValues) -> ConfigRecord:
         return ConfigRecord({"fingerprint": code_fingerprint(), "round": server_round, **values})
 
+    def _cut(self, client: ClientRecord, server_round: int, *, evaluation: bool) -> Cut:
+        theta = self.generate(client, evaluation=evaluation)
+        mask = self.extract(theta, client, server_round)
+        return Cut(client, theta[mask], np.packbits(mask))
+
+    def _renew_references(self, server_round: int, cuts: Sequence[Cut]) -> None:
+        """The masks of this round vote on what later masks are coded against."""
+        if not self.slim:
+            maskable, size = self.layout.maskable, self.layout.size
+            masks = ((cut.client.capacity, _unpacked(cut.mask_bits, size)[maskable]) for cut in cuts)
+            self.references.renew(server_round, masks)
+
     def _outgoing(
         self,
         message_type: str,
-        client: ClientRecord,
+        cut: Cut,
         server_round: int,
         prototypes: Prototypes | None,
         config: ConfigRecord,
         final: bool = False,
     ) -> Outgoing:
-        evaluation = message_type == MessageType.EVALUATE
-        theta = self.generate(client, evaluation=evaluation)
-        mask = self.extract(theta, client, server_round)
-        encoded = self._encode(theta[mask], mask, prototypes)
-        extra = {} if evaluation else self.train_instructions(client, server_round)
+        client = cut.client
+        encoded, mask_alone = self._encode(cut, prototypes)
+        extra = {} if message_type == MessageType.EVALUATE else self.train_instructions(client, server_round)
         instruction = self._instruction(server_round, **{**config, "final": final, **extra})
         content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
-        return Outgoing(message, client, np.packbits(mask), encoded.parts)
+        return Outgoing(message, client, cut.mask_bits, encoded.parts, mask_alone)
 
-    def _encode(self, theta_kept: np.ndarray, mask: np.ndarray, prototypes: Prototypes | None) -> Encoded:
+    def _encode(self, cut: Cut, prototypes: Prototypes | None) -> tuple[Encoded, int]:
+        """The message, and the bytes of its mask without a reference."""
+        mask, values = _unpacked(cut.mask_bits, self.layout.size), self.config.wire.values
         if self.slim:
-            return encode_slim(theta_kept, mask, self.layout, self.config.wire.values)
-        return encode_submodel(theta_kept, mask, prototypes, self.layout, self.config.wire.values)
+            slim = encode_slim(cut.theta_kept, mask, self.layout, values)
+            return slim, slim.parts["mask"]
+        coded = self.references.code(cut.client.name, cut.client.capacity, mask[self.layout.maskable])
+        return encode_submodel(cut.theta_kept, mask, prototypes, self.layout, values, coded.code), coded.alone
 
     def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
         good, refused = read_replies(names, replies)
+        for reply in good:
+            self.references.confirm(reply.client, held_reference(reply.content))
+        for refusal in refused:
+            self.references.forget(refusal.client)
         return {item.client.name: item for item in self._outbox}, good, refused
 
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
@@ -485,6 +529,10 @@ class SubmodelStrategy(Strategy):
             trace = f"\n{row['traceback']}" if "traceback" in row else ""
             logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace)
         self.run.event(kind, server_round, refused=rows, seconds=time.monotonic() - self._started, **fields)
+
+
+def _unpacked(bits: np.ndarray, size: int) -> np.ndarray:
+    return np.unpackbits(bits, count=size).view(bool)
 
 
 def _first_reason(refused: Sequence[Refusal]) -> str:

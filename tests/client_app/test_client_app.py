@@ -9,7 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
 from client_app.client import Client
-from framp_core.codec import decode_update, encode_submodel
+from framp_core.codec import Reference, decode_update, encode_mask_part, encode_submodel
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.fingerprint import code_fingerprint
@@ -165,7 +165,7 @@ def test_the_nodes_own_data_folder_wins(tiny: Build, tmp_path: Path) -> None:
     assert "shared" not in reason
 
 
-def test_state_of_the_node_is_never_touched(tiny: Build) -> None:
+def test_state_of_the_node_is_untouched_without_a_reference(tiny: Build) -> None:
     """A handler that changed ``Context.state`` and then failed would behave differently on each engine."""
     config = tiny({"capacity.sizes": "1/4"})
     blob, *_ = submodel(config)
@@ -173,6 +173,51 @@ def test_state_of_the_node_is_never_touched(tiny: Build) -> None:
         state = RecordDict()
         ask(config, kind, payload, state=state)
         assert list(state) == []
+
+
+def test_a_reference_is_held_from_one_message_to_the_next(tiny: Build) -> None:
+    config = tiny({"capacity.sizes": "1/4"})
+    _, mask, layout = submodel(config)
+    kept, sizes = mask[layout.maskable], layout.maskable_sizes
+    other = kept.copy()
+    other[[np.flatnonzero(kept)[0], np.flatnonzero(~kept)[0]]] ^= True
+    first, second = Reference.of(other), Reference.of(kept)
+    values = initial_parameters(build_model(config.model, (1, 8, 8), 10), 0).numpy()[mask]
+
+    def message(held: Reference | None, new: Reference | None) -> bytes:
+        code = encode_mask_part(kept, sizes, held, new)
+        return encode_submodel(values, mask, None, layout, "float32", code).blob
+
+    state = RecordDict()
+    plain = ask(config, "train", message(None, None))["framp"]["payload"]
+    for kind, held, new, after in (
+        ("train", None, first, first),
+        ("evaluate", first, None, first),
+        ("train", first, second, second),
+        ("train", None, None, second),
+    ):
+        content = ask(config, kind, message(held, new), state=state)
+        assert content["framp"]["reference"] == after.name
+        assert content["framp"].get("payload", plain) == plain
+        assert ask(config, "query.describe", state=state)["framp"]["reference"] == after.name
+        assert list(state) == ["framp-reference"]
+    for held, elsewhere in ((first, state), (second, RecordDict())):
+        error = ask(config, "train", message(held, None), state=elsewhere)["error"]
+        assert error["type"] == "UnknownReferenceError"
+        assert f"{held.name:08x}" in error["reason"]
+    assert ask(config, "train", message(second, None), state=state)["framp"]["payload"] == plain
+
+
+@pytest.mark.parametrize("record", [{}, {"name": 5, "mask": b"\x30\x01"}, {"name": "text", "mask": 5}])
+def test_a_damaged_state_counts_as_no_reference(tiny: Build, record: dict[str, int | str | bytes]) -> None:
+    config = tiny({"capacity.sizes": "1/4"})
+    blob, mask, layout = submodel(config)
+    state = RecordDict({"framp-reference": ConfigRecord(record)})
+    assert "payload" in ask(config, "train", blob, state=state)["framp"]
+    code = encode_mask_part(mask[layout.maskable], layout.maskable_sizes, Reference.of(mask[layout.maskable]))
+    values = np.zeros(mask.sum(), np.float32)
+    flips = encode_submodel(values, mask, None, layout, "float32", code).blob
+    assert ask(config, "train", flips, state=state)["error"]["type"] == "UnknownReferenceError"
 
 
 def test_a_submodel_of_another_size_is_refused(tiny: Build) -> None:

@@ -1,206 +1,175 @@
+import itertools
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framp_core.codec import decode_mask, encode_mask
-from framp_core.errors import MaskMismatchError, ProtocolError, TruncatedMessageError
+from framp_core.codec import Reference, decode_mask, encode_mask, encode_mask_part
+from framp_core.codec.masks import decode_flips, decode_mask_part, encode_flips
+from framp_core.errors import ProtocolError, TruncatedMessageError, UnknownReferenceError
 
-NONE, ALL, PACKED, ZSTD, RICE = (bytes([coding]) for coding in range(5))
+ALONE, HELD, GIVEN, RENEWED = (bytes([form]) for form in range(4))
 
-masks = st.builds(
-    lambda size, density, seed: np.random.default_rng(seed).random(size) < density,
-    st.integers(0, 2000),
-    st.one_of(st.sampled_from([0.0, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0]), st.floats(0, 1)),
-    st.integers(0, 2**32),
-)
+sizes = st.lists(st.integers(0, 300), max_size=4)
+densities = st.sampled_from([0.0, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0])
+seeds = st.integers(0, 2**32)
 
 
-def random_mask(size: int, kept: int, seed: int = 0) -> np.ndarray:
-    mask = np.zeros(size, bool)
-    mask[np.random.default_rng(seed).choice(size, kept, replace=False)] = True
-    return mask
+def random_mask(size: int, density: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(size) < density
 
 
-def entropy_bytes(size: int, kept: int) -> float:
+def moved(mask: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """A mask of as many weights, ``share`` of them exchanged."""
+    rng, result = np.random.default_rng(seed), mask.copy()
+    count = round(share * mask.sum())
+    result[rng.choice(np.flatnonzero(mask), count, replace=False)] = False
+    result[rng.choice(np.flatnonzero(~mask), count, replace=False)] = True
+    return result
+
+
+def entropy_bytes(size: int, kept: float) -> float:
     p = kept / size
     return -size * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
 
 
-def bits_to_bytes(bits: str) -> bytes:
-    padded = bits + "0" * (-len(bits) % 8)
-    return bytes(int(padded[start : start + 8], 2) for start in range(0, len(padded), 8))
+@given(sizes=sizes, density=densities, seed=seeds)
+def test_a_mask_alone_comes_back_exactly(sizes, density, seed):
+    mask = random_mask(sum(sizes), density, seed)
+    code = encode_mask(mask, sizes)
+    np.testing.assert_array_equal(decode_mask(code, sizes), mask)
+    with pytest.raises(TruncatedMessageError):
+        decode_mask(code + b"\0", sizes)
 
 
-def rice_by_hand(parameter: int, gaps: list[int]) -> bytes:
-    """The format, bit by bit: low bits of all gaps, plane by plane, then zeros closed by a one per quotient."""
-    planes = "".join(str(gap >> bit & 1) for bit in range(parameter) for gap in gaps)
-    unary = "".join("0" * (gap >> parameter) + "1" for gap in gaps)
-    header = bytes([parameter]) + len(gaps).to_bytes(4, "little")
-    return RICE + header + bits_to_bytes(planes) + bits_to_bytes(unary)
+def test_clustered_masks_are_coded_at_the_densities_of_their_tensors():
+    sizes = [10_000, 40_000, 100_000]
+    densities = (0.6, 0.04, 0.005)
+    mask = np.concatenate([random_mask(size, p, seed=size) for size, p in zip(sizes, densities, strict=True)])
+    parts = np.split(mask, np.cumsum(sizes)[:-1])
+    bound = sum(entropy_bytes(part.size, int(part.sum())) for part in parts)
+    assert len(encode_mask(mask, sizes)) <= 1.03 * bound
+    assert bound < 0.7 * entropy_bytes(mask.size, int(mask.sum()))
 
 
-def gaps_of(mask: np.ndarray) -> list[int]:
-    kept = [-1, *(index for index, bit in enumerate(mask) if bit)]
-    return [kept[i + 1] - kept[i] - 1 for i in range(len(kept) - 1)]
+def test_full_and_empty_tensors_cost_nothing():
+    sizes = [1000, 64, 1000, 64]
+    mask = np.concatenate(
+        [random_mask(1000, 0.1, 0), np.ones(64, bool), random_mask(1000, 0.02, 1), np.zeros(64, bool)]
+    )
+    without = np.concatenate([mask[:1000], mask[1064:2064]])
+    assert len(encode_mask(mask, sizes)) <= len(encode_mask(without, [1000, 1000])) + 1
 
 
-@settings(derandomize=True, deadline=None)
-@given(mask=masks)
-def test_round_trip_is_exact_and_never_longer_than_plain_bits(mask):
-    code = encode_mask(mask)
-    decoded = decode_mask(code, mask.size)
-    assert decoded.dtype == bool
-    np.testing.assert_array_equal(decoded, mask)
-    assert len(code) <= 1 + math.ceil(mask.size / 8)
+def test_flips_are_exact_for_all_pairs_of_masks():
+    masks = [np.array(bits, bool) for bits in itertools.product([0, 1], repeat=6)]
+    for reference in masks:
+        codes = set()
+        for mask in masks:
+            code = encode_flips(mask, reference, [2, 0, 4])
+            decoded, used = decode_flips(code + b"\xff", reference, [2, 0, 4])
+            np.testing.assert_array_equal(decoded, mask)
+            assert used == len(code)
+            codes.add(code)
+        assert len(codes) == len(masks)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9])
-def test_every_mask_of_a_small_size(size):
-    codes = set()
-    for pattern in range(2**size):
-        mask = np.array([pattern >> bit & 1 for bit in range(size)], bool)
-        codes.add(encode_mask(mask))
-        np.testing.assert_array_equal(decode_mask(encode_mask(mask), size), mask)
-    assert len(codes) == 2**size
+@given(sizes=sizes, density=densities, other=densities, seed=seeds)
+def test_flips_are_exact_for_any_pair_of_masks(sizes, density, other, seed):
+    mask, reference = random_mask(sum(sizes), density, seed), random_mask(sum(sizes), other, seed + 1)
+    before = reference.copy()
+    code = encode_flips(mask, reference, sizes)
+    np.testing.assert_array_equal(decode_flips(code, reference, sizes)[0], mask)
+    np.testing.assert_array_equal(reference, before)
 
 
-@settings(derandomize=True, deadline=None)
-@given(size=st.integers(600, 2000), kept=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_sparse_masks_take_the_best_of_all_rice_codes_written_by_hand(size, kept, seed):
-    mask = random_mask(size, kept, seed)
-    by_hand = [rice_by_hand(parameter, gaps_of(mask)) for parameter in range(size.bit_length() + 1)]
-    for code in by_hand:
-        if len(code) <= 1 + math.ceil(size / 8):
-            np.testing.assert_array_equal(decode_mask(code, size), mask)
-    code = encode_mask(mask)
-    assert code[:1] in (RICE, ZSTD)
-    if code[:1] == RICE:
-        assert code in by_hand
-    # Of two parameters, the one with fewer bits may fill up to two bytes worse, one per padded stream.
-    assert len(code) <= min(map(len, by_hand)) + 2
+@pytest.mark.parametrize("density", [1 / 64, 1 / 16, 1 / 4])
+def test_flips_are_coded_below_the_entropy_of_the_plain_difference(density):
+    """d weights leave k, d enter the other m - k: ``k H(d / k) + (m - k) H(d / (m - k)) < m H(2 d / m)``."""
+    size = 200_000
+    reference = random_mask(size, density, 0)
+    mask = moved(reference, 0.04, 1)
+    kept, flipped = int(reference.sum()), int((reference & ~mask).sum())
+    bound = entropy_bytes(kept, flipped) + entropy_bytes(size - kept, flipped)
+    code = encode_flips(mask, reference, [size])
+    assert len(code) <= 1.03 * bound < 1.03 * entropy_bytes(size, 2 * flipped)
+    assert len(code) <= 0.2 * len(encode_mask(mask, [size]))
 
 
-def test_size_on_the_wire_is_near_the_entropy_bound():
-    size = 20_000
-    for kept in (size // 64, size // 16, size // 4 - 1, size // 4, size // 2):
-        for seed in range(3):
-            code = encode_mask(random_mask(size, kept, seed))
-            assert len(code) <= 1.1 * entropy_bytes(size, kept)
-    assert size / 8 > 1.1 * entropy_bytes(size, size // 4)  # plain bits would fail
+def test_the_same_mask_again_takes_a_byte():
+    mask = random_mask(1000, 0.2, 0)
+    assert len(encode_flips(mask, mask, [400, 600])) == 1
 
 
-def test_structure_goes_below_the_bound_of_a_random_mask():
-    channels = np.repeat(random_mask(200, 100), 100)
-    code = encode_mask(channels)
-    assert code[:1] == ZSTD
-    assert len(code) < 0.5 * entropy_bytes(20_000, 10_000)
-    assert encode_mask(random_mask(20_000, 10_000))[:1] == PACKED
+def some_parts(sizes: list[int], density: float, seed: int) -> tuple[np.ndarray, Reference, Reference]:
+    mask, first, second = (random_mask(sum(sizes), density, seed + step) for step in range(3))
+    return mask, Reference.of(first), Reference.of(second)
 
 
-def test_none_and_all_take_one_byte():
-    for size in (1, 1000):
-        assert encode_mask(np.zeros(size, bool)) == NONE
-        assert encode_mask(np.ones(size, bool)) == ALL
-    assert encode_mask(np.zeros(0, bool)) == NONE
-    assert decode_mask(ALL, 3).tolist() == [True] * 3
+@given(sizes=sizes, density=densities, seed=seeds)
+def test_every_form_comes_back_exactly_and_says_what_to_hold(sizes, density, seed):
+    mask, held, new = some_parts(sizes, density, seed)
+    for form, before, sent, after in (
+        (ALONE, None, None, held),
+        (HELD, held, None, held),
+        (GIVEN, None, new, new),
+        (RENEWED, held, new, new),
+    ):
+        code = encode_mask_part(mask, sizes, before, sent)
+        assert code[:1] == form
+        decoded, reference = decode_mask_part(code, sizes, held)
+        np.testing.assert_array_equal(decoded, mask)
+        assert reference is not None
+        assert reference.name == after.name
+        np.testing.assert_array_equal(reference.kept(), after.kept())
+        with pytest.raises(ProtocolError):
+            decode_mask_part(code + b"\0", sizes, held)
 
 
-def zstd(content: bytes, **options) -> bytes:
-    return ZSTD + zstandard.ZstdCompressor(**options).compress(content)
+def test_an_unknown_reference_is_refused():
+    sizes = [100, 300]
+    mask, held, new = some_parts(sizes, 0.1, 0)
+    for code in (encode_mask_part(mask, sizes, held), encode_mask_part(mask, sizes, held, new)):
+        with pytest.raises(UnknownReferenceError, match=f"{held.name:08x} and this client holds none"):
+            decode_mask_part(code, sizes, None)
+        with pytest.raises(UnknownReferenceError, match=f"{held.name:08x} and this client holds {new.name:08x}"):
+            decode_mask_part(code, sizes, new)
+    for code in (encode_mask_part(mask, sizes), encode_mask_part(mask, sizes, new=new)):
+        np.testing.assert_array_equal(decode_mask_part(code, sizes, None)[0], mask)
 
 
-SIZE = 804  # 101 bytes of bits, the last four of them padding
-BAD_CODES = {
-    "empty": (b"", TruncatedMessageError),
-    "unknown coding": (b"\x09", ProtocolError),
-    "bytes after all": (ALL + b"\0", TruncatedMessageError),
-    "short bits": (PACKED + bytes(100), TruncatedMessageError),
-    "longer than plain bits": (PACKED + bytes(102), TruncatedMessageError),
-    "bit beyond the model": (PACKED + bytes(100) + b"\x01", MaskMismatchError),
-    "compressed to fewer bits": (zstd(bytes(100)), TruncatedMessageError),
-    "compressed to more bits": (zstd(bytes(102)), TruncatedMessageError),
-    "bit beyond the model, compressed": (zstd(bytes(100) + b"\x01"), MaskMismatchError),
-    "frame without a size": (zstd(bytes(101), write_content_size=False), TruncatedMessageError),
-    "no frame": (ZSTD + b"garbage", ProtocolError),
-    "half a frame": (zstd(bytes(101))[:-1], ProtocolError),
-    "bytes after the frame": (zstd(bytes(101)) + b"\0", ProtocolError),
-    "half a header": (RICE + b"\0\0", TruncatedMessageError),
-    "no kept weight": (rice_by_hand(2, []), MaskMismatchError),
-    "more kept than weights": (RICE + b"\0" + (SIZE + 1).to_bytes(4, "little") + b"\xff", MaskMismatchError),
-    "parameter out of range": (RICE + b"\x40" + (1).to_bytes(4, "little") + bytes(8) + b"\x80", MaskMismatchError),
-    "fewer quotients than announced": (RICE + b"\0" + (2).to_bytes(4, "little") + b"\x80", MaskMismatchError),
-    "more quotients than announced": (RICE + b"\0" + (2).to_bytes(4, "little") + b"\xe0", MaskMismatchError),
-    "remainders cut off": (RICE + b"\x07" + (20).to_bytes(4, "little") + b"\xff", MaskMismatchError),
-    "index out of range": (rice_by_hand(4, [0, SIZE - 1]), MaskMismatchError),
-    "bytes after the quotients": (rice_by_hand(4, [0, SIZE - 2]) + b"\0", TruncatedMessageError),
-}
+def test_what_the_client_holds_is_not_changed_by_reading():
+    sizes = [100, 300]
+    mask, held, new = some_parts(sizes, 0.1, 0)
+    bits, name = held.bits.copy(), held.name
+    decode_mask_part(encode_mask_part(mask, sizes, held, new), sizes, held)
+    np.testing.assert_array_equal(held.bits, bits)
+    assert Reference(held.bits, held.size).name == name
 
 
-@pytest.mark.parametrize("name", BAD_CODES)
-def test_bad_codes_are_refused_by_name(name):
-    code, error = BAD_CODES[name]
-    with pytest.raises(ProtocolError) as caught:
-        decode_mask(code, SIZE)
-    assert type(caught.value) is error
+def test_bad_parts_are_refused_by_name():
+    with pytest.raises(ProtocolError, match="form None"):
+        decode_mask_part(b"", [10], None)
+    with pytest.raises(ProtocolError, match="form 4"):
+        decode_mask_part(b"\x04", [10], None)
+    with pytest.raises(TruncatedMessageError, match="name of its reference"):
+        decode_mask_part(HELD + b"abc", [10], None)
 
 
-def test_the_good_neighbours_of_the_bad_codes_are_read():
-    assert np.flatnonzero(decode_mask(rice_by_hand(4, [0, SIZE - 2]), SIZE)).tolist() == [0, SIZE - 1]
-    assert np.flatnonzero(decode_mask(PACKED + bytes(100) + b"\x10", SIZE)).tolist() == [SIZE - 1]
-    assert np.flatnonzero(decode_mask(zstd(bytes(100) + b"\x10"), SIZE)).tolist() == [SIZE - 1]
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        zstd(bytes(100_000_000)),
-        RICE + b"\x0a" + (2**32 - 1).to_bytes(4, "little") + b"\xff" * 1000,
-        RICE + b"\x0a" + (10_000).to_bytes(4, "little") + b"\xff" * 1000,
-        PACKED + bytes(10_000_000),
-    ],
-)
-def test_what_a_code_claims_allocates_nothing(code):
-    tracemalloc.start()
+@settings(max_examples=150)
+@given(sizes=sizes, density=densities, seed=seeds, form=st.integers(0, 3), change=st.integers(1, 255), data=st.data())
+def test_a_changed_or_cut_part_is_refused_or_makes_a_mask(sizes, density, seed, form, change, data):
+    mask, held, new = some_parts(sizes, density, seed)
+    code = bytearray(encode_mask_part(mask, sizes, held if form in (1, 3) else None, new if form > 1 else None))
+    place = data.draw(st.integers(0, len(code) - 1))
     with pytest.raises(ProtocolError):
-        decode_mask(code, 100_000)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1_000_000
-
-
-def mask_or_refusal(code: bytes, size: int) -> np.ndarray | ProtocolError:
+        decode_mask_part(bytes(code[:place]), sizes, held)
+    code[place] ^= change
     try:
-        return decode_mask(code, size)
-    except ProtocolError as refusal:
-        return refusal
-
-
-def is_mask(result: object, size: int) -> bool:
-    """Bool ``(size,)`` that survives another round trip."""
-    fits = isinstance(result, np.ndarray) and result.dtype == bool and result.shape == (size,)
-    return fits and np.array_equal(decode_mask(encode_mask(result), size), result)
-
-
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(coding=st.sampled_from([NONE, ALL, PACKED, ZSTD, RICE]), rest=st.binary(max_size=20), size=st.integers(0, 150))
-def test_any_bytes_are_refused_or_make_a_mask(coding, rest, size):
-    result = mask_or_refusal(coding + rest, size)
-    assert isinstance(result, ProtocolError) or is_mask(result, size)
-
-
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(mask=masks, place=st.integers(0, 10**6), change=st.integers(1, 255), other_size=st.integers(0, 2000))
-def test_a_changed_code_is_refused_or_makes_a_mask(mask, place, change, other_size):
-    code = bytearray(encode_mask(mask))
-    assert is_mask(decode_mask(bytes(code), mask.size), mask.size)
-    result = mask_or_refusal(bytes(code), other_size)
-    assert isinstance(result, ProtocolError) or is_mask(result, other_size)
-    code[place % len(code)] ^= change
-    for changed in (bytes(code), bytes(code[: place % len(code)])):
-        result = mask_or_refusal(changed, mask.size)
-        assert isinstance(result, ProtocolError) or is_mask(result, mask.size)
+        decoded, reference = decode_mask_part(bytes(code), sizes, held)
+    except ProtocolError:
+        return
+    assert decoded.shape == mask.shape
+    assert reference is None or reference.size == mask.size

@@ -14,6 +14,7 @@ from torch import nn
 from framp_core.codec import (
     PROTOCOL_VERSION,
     Encoded,
+    Reference,
     SlimSubmodel,
     Submodel,
     Update,
@@ -23,9 +24,11 @@ from framp_core.codec import (
     decode_update,
     encode_descriptor,
     encode_mask,
+    encode_mask_part,
     encode_slim,
     encode_submodel,
     encode_update,
+    frame,
     is_slim,
 )
 from framp_core.codec.messages import MAX_DESCRIPTOR_SIZE
@@ -36,6 +39,7 @@ from framp_core.errors import (
     NonFiniteError,
     ProtocolError,
     TruncatedMessageError,
+    UnknownReferenceError,
     VersionMismatchError,
 )
 from framp_core.layout import ParameterLayout
@@ -68,18 +72,37 @@ def make_prototypes(classes: tuple[int, ...] = (0, 2, 4), features: int = FEATUR
 MASK = make_mask()
 VALUES = make_values(MASK)
 SUBMODEL = encode_submodel(VALUES, MASK, make_prototypes(), LAYOUT, "float32")
+HELD, NEW = (Reference.of(make_mask(KEPT, seed=seed)[LAYOUT.maskable]) for seed in (7, 8))
+RETURNING = encode_submodel(
+    VALUES,
+    MASK,
+    make_prototypes(),
+    LAYOUT,
+    "float32",
+    encode_mask_part(MASK[LAYOUT.maskable], LAYOUT.maskable_sizes, HELD, NEW),
+)
 UPDATE = encode_update(VALUES, make_prototypes(), LAYOUT, MASK, "int8")
 DESCRIPTOR = encode_descriptor(np.array([0.6, -0.8], np.float32))
 SLICEABLE = ParameterLayout.of(build_model(ModelConfig(widths=(4, 8), groups=2), (1, 4, 4), CLASSES))
 CAPACITY = Fraction(1, 4)
+CHANNELS = list(SLICEABLE.hidden.values())
 SELECTION = window(SLICEABLE, CAPACITY, shift=3)
 SLIM_MASK = channel_mask(SLICEABLE, SELECTION)
 SLIM_VALUES = make_values(SLIM_MASK)
 SLIM = encode_slim(SLIM_VALUES, SLIM_MASK, SLICEABLE, "float32")
 
 
+def alone(mask: np.ndarray) -> bytes:
+    """The mask part of a submodel."""
+    return encode_mask_part(mask[LAYOUT.maskable], LAYOUT.maskable_sizes)
+
+
 def read_submodel(blob: bytes) -> Submodel:
     return decode_submodel(blob, LAYOUT, CLASSES, FEATURES)
+
+
+def read_returning(blob: bytes) -> Submodel:
+    return decode_submodel(blob, LAYOUT, CLASSES, FEATURES, held=HELD)
 
 
 def read_update(blob: bytes) -> Update:
@@ -92,6 +115,7 @@ def read_slim(blob: bytes) -> SlimSubmodel:
 
 MESSAGES: dict[str, tuple[Encoded, Callable[[bytes], object]]] = {
     "submodel": (SUBMODEL, read_submodel),
+    "returning": (RETURNING, read_returning),
     "update": (UPDATE, read_update),
     "descriptor": (DESCRIPTOR, decode_descriptor),
     "slim": (SLIM, read_slim),
@@ -246,17 +270,28 @@ def test_parts_account_for_every_byte(encoded, read):
 
 def test_part_sizes_are_those_of_the_contents():
     prototypes = 4 + 3 * (4 + 4 + 4 * FEATURES)
-    mask = len(encode_mask(MASK[LAYOUT.maskable]))
+    mask = 1 + len(encode_mask(MASK[LAYOUT.maskable], LAYOUT.maskable_sizes))
     assert SUBMODEL.parts == {"values": 4 * VALUES.size, "mask": mask, "prototypes": prototypes, "framing": 23}
     assert UPDATE.parts == {
         "values": VALUES.size + 4 * len(LAYOUT.slots),
         "prototypes": prototypes,
         "framing": 19,
     }
-    channels = len(encode_mask(SELECTION))
+    channels = len(encode_mask(SELECTION, CHANNELS))
     assert channels <= 1 + 2  # 12 channels as bits
     assert SLIM.parts == {"values": 4 * SLIM_VALUES.size, "mask": channels, "framing": 19}
     assert DESCRIPTOR.parts == {"descriptor": 8, "framing": 15}
+
+
+def test_a_returning_client_reads_the_mask_and_holds_the_new_reference():
+    submodel = read_returning(RETURNING.blob)
+    np.testing.assert_array_equal(submodel.mask, MASK)
+    assert submodel.reference is not None
+    assert submodel.reference.name == NEW.name
+    assert read_submodel(SUBMODEL.blob).reference is None
+    for held in (None, NEW):
+        with pytest.raises(UnknownReferenceError, match=f"{HELD.name:08x}"):
+            decode_submodel(RETURNING.blob, LAYOUT, CLASSES, FEATURES, held=held)
 
 
 def test_framing_is_below_one_percent_of_the_smallest_real_submodel():
@@ -331,18 +366,20 @@ def test_each_frame_fault_has_its_name(encoded, read):
     assert "kind 9 is unknown" in fault_of(blob[:5] + b"\x09" + blob[6:])[1]
     assert "value format 7 is unknown" in fault_of(sealed(blob[:6] + b"\x07" + blob[7:-4]))[1]
     assert "type str" in fault_of("text")[1]
-    for kind, (message, _) in MESSAGES.items():
-        if message is not encoded:
-            assert f"got a message of kind {kind}" in fault_of(message.blob)[1]
+    own = frame.read_head(blob)[0]
+    for message, _ in MESSAGES.values():
+        kind = frame.read_head(message.blob)[0]
+        if kind != own:
+            assert f"got a message of kind {kind.name}" in fault_of(message.blob)[1]
 
 
 def test_mask_and_values_must_fit_together():
     with pytest.raises(MaskMismatchError, match=f"keeps {KEPT} .* expects {KEPT + 1}"):
         decode_submodel(SUBMODEL.blob, LAYOUT, CLASSES, FEATURES, expected_kept=KEPT + 1)
-    other_mask = encode_mask(make_mask(KEPT - 1)[LAYOUT.maskable])
+    other_mask = alone(make_mask(KEPT - 1))
     with pytest.raises(MaskMismatchError, match="kept weights"):
         read_submodel(rebuilt(SUBMODEL, "mask", other_mask))
-    same_size = encode_mask(make_mask(KEPT, seed=5)[LAYOUT.maskable])
+    same_size = alone(make_mask(KEPT, seed=5))
     assert read_submodel(rebuilt(SUBMODEL, "mask", same_size)).values.size == VALUES.size
     with pytest.raises(MaskMismatchError):
         decode_update(UPDATE.blob, LAYOUT, make_mask(KEPT + 1), CLASSES, FEATURES)
@@ -357,11 +394,11 @@ def test_slim_submodels_of_another_width_are_refused():
             decode_slim(SLIM.blob, SLICEABLE, capacity)
     moved = SELECTION.copy()
     moved[[0, 1]] = moved[[1, 0]]  # as many channels of each group, others
-    assert np.array_equal(read_slim(rebuilt(SLIM, "mask", encode_mask(moved))).selection, moved)
+    assert np.array_equal(read_slim(rebuilt(SLIM, "mask", encode_mask(moved, CHANNELS))).selection, moved)
     across = ~moved  # 2 of 4 and 4 of 8 as well
     across[[np.flatnonzero(across[:4])[0], 4 + np.flatnonzero(~across[4:])[0]]] ^= True
     with pytest.raises(MaskMismatchError, match="keeps 1 of the 4 channels"):
-        read_slim(rebuilt(SLIM, "mask", encode_mask(across)))
+        read_slim(rebuilt(SLIM, "mask", encode_mask(across, CHANNELS)))
     with pytest.raises(MaskMismatchError, match="kept weights"):
         read_slim(rebuilt(SLIM, "values", bytes(4 * (SLIM_VALUES.size - 1))))
 

@@ -80,6 +80,24 @@ def test_int8_stochastic_rounding_has_the_right_mean():
     np.testing.assert_array_equal(round_trip(whole, "int8", rng=np.random.default_rng(0)), whole)
 
 
+def test_int8_stochastic_rounding_is_unbiased_in_every_tensor():
+    """The mean of N draws lies within 5 standard errors; one draw's deviation is at most half a step."""
+    draws, sizes = 1000, [40, 0, 60, 1]
+    rng = np.random.default_rng(3)
+    values = np.concatenate(
+        [rng.normal(scale=scale, size=size) for scale, size in zip((1, 1, 1e-4, 9), sizes, strict=True)]
+    )
+    values = values.astype(np.float32)
+    mean = np.mean([round_trip(values, "int8", sizes, rng).astype(np.float64) for _ in range(draws)], axis=0)
+    nearest = round_trip(values, "int8", sizes)
+    for start, size in zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
+        part = slice(start, start + size)
+        step = np.abs(values[part]).max(initial=0) / 127
+        assert np.abs(mean - values)[part].max(initial=0) <= 5 * (step / 2) / draws**0.5 + 1e-6 * step
+        if size > 1:
+            assert np.abs(nearest - values)[part].max() > 5 * (step / 2) / draws**0.5  # rounding to nearest is biased
+
+
 def test_int8_draws_come_from_the_stream_alone():
     values = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     first, same, other = (encode_values(values, "int8", [1000], np.random.default_rng(seed)) for seed in (5, 5, 6))

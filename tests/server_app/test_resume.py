@@ -12,7 +12,7 @@ import torch
 from flwr.app import Message
 
 import server_app.resume as module
-from benchmarks.kill_and_resume import kill_and_resume
+from benchmarks.kill_and_resume import kill_and_resume, lasting
 from client_app.app import app as client_app
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
@@ -92,8 +92,8 @@ def resumed(config: FrampConfig, **values: Scalar) -> FrampConfig:
 
 
 def outcome(folder: RunFolder) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], dict[str, Any]]:
-    """Events without their times, and the last checkpoint without the events' bytes, which count the times' digits."""
-    events = [{key: row[key] for key in row if key != "seconds"} for row in folder.events()]
+    """Events that last, and the last checkpoint without the events' bytes, which count the times' digits."""
+    events = lasting(folder.events())
     tensors, state = folder.read_checkpoint()
     return events, tensors, {key: value for key, value in state.items() if key not in ("events-bytes", "config")}
 

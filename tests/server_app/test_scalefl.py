@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from client_app.app import app as client_app
 from client_app.client import Client
 from framp.engines import InProcessGrid
+from framp_core.codec import encode_slim
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import ClientData, load_client
@@ -254,7 +255,7 @@ def test_a_client_predicts_with_its_deepest_exit(tiny):
     values = np.concatenate([part.ravel() for part in theta.values()])
     mask = strategy.extract(values, record("1/16"), 1)
     client = Client.of(config.to_flat(), {"partition-id": 0, "num-partitions": 4}, {})
-    counts = client.evaluate(strategy._encode(values[mask], mask, None).blob, 1, final=False)
+    counts = client.evaluate(encode_slim(values[mask], mask, strategy.layout, "float32").blob, 1, final=False)
     labels = client.data.test.selected_labels
     assert counts["local-correct"] == (labels == 7).sum() != (labels == 2).sum()
 
