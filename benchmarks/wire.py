@@ -195,8 +195,8 @@ class Drift:
 
     def _noise(self, agreement: float) -> float:
         """Relative noise at which the masks of two draws agree to ``agreement``."""
-        low, high = 0.0, 0.5
-        for _ in range(6):
+        low, high = 0.0, 0.2
+        for _ in range(8):
             middle = (low + high) / 2
             one, other = (self._mask(self._shaken(self._scores, middle)) for _ in range(2))
             low, high = (middle, high) if jaccard(one, other) > agreement else (low, middle)
