@@ -44,6 +44,18 @@ GRAPH_DATA = ("graph-digits", "cora", "citeseer", "pubmed", "ogbn-arxiv", "graph
 """Data sets whose examples are the nodes of a graph."""
 GRAPH_MODELS = ("gcn", "sage", "gat")
 """Architectures that read a graph."""
+_OF_IMAGES = (
+    *("data.image_size", "data.normalisation", "data.augment"),
+    *("partition.alpha", "partition.classes_per_client", "partition.test_split", "partition.validation_fraction"),
+    *("partition.feature_shift", "partition.feature_shift_clusters", "partition.quantity_skew"),
+    *("evaluation.union_by_client", "evaluation.augment"),
+)
+"""Settings without a meaning for graphs, whose parts follow from their edges and whose nodes are not transformed."""
+_OF_GRAPHS = (
+    *("graph.undirected", "graph.largest_component", "graph.train_share", "graph.validation_share"),
+    *("graph.full_batch_nodes", "graph.neighbours", "graph.hops", "partition.overlap", "model.dropout"),
+)
+"""Settings without a meaning for images."""
 PLACES = ("data.root", "data.cache")
 """Keys that say where data lie, which never change the numbers."""
 
@@ -189,7 +201,7 @@ class ModelConfig(_Section):
     slim_width: Literal["root", "budget"] = Field(
         "root",
         description="width of a slim network (HeteroFL, FedRolex): the root of the capacity, as published, or what "
-        "holds capacity x n weights; the root holds several times that where inputs are wide",
+        "holds nearest to capacity x n weights; the root holds several times that where inputs are wide",
     )
     maskable_head_bias: bool = Field(False, description="rank and mask the head's bias like a weight (FIARSE)")
 
@@ -428,6 +440,26 @@ class FrampConfig(_Section):
                     f"data.name={self.data.name!r} is {kind}, which {key}={value!r} does not fit; "
                     f"choose {', '.join(fitting)}"
                 )
+        for name in _OF_IMAGES if graph else _OF_GRAPHS:
+            section, _, field = name.partition(".")
+            values: _Section = getattr(self, section)
+            value, default = getattr(values, field), type(values).model_fields[field].default
+            if value != default:
+                key = name.replace("_", "-")
+                raise ValueError(
+                    f"data.name={self.data.name!r} is {kind}, for which {key}={value!r} means nothing; leave it at "
+                    f"{default!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _neighbours_for_every_layer(self) -> Self:
+        given, layers = self.graph.neighbours, len(self.model.widths)
+        if self.data.name in GRAPH_DATA and len(given) < layers:
+            raise ValueError(
+                f"graph.neighbours={','.join(map(str, given))!r} and the model has {layers} layers (model.widths); "
+                f"give {layers} numbers, the first for the neighbours of the training nodes themselves"
+            )
         return self
 
     @model_validator(mode="after")

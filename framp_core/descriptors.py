@@ -1,4 +1,4 @@
-"""Descriptors: the compact summary v_i of a client's training data that the generator takes as input.
+"""Descriptors: the compact summary v_i of a client's data that the generator takes as input.
 
 Each is computed on the client and sent once. All clients use the same frozen weights, drawn from the root seed, so
 that descriptors of different clients can be compared.
@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 class Descriptor(ABC):
-    """A map from a client's training data to a vector v in R^d of unit Euclidean norm.
+    """A map from a client's data to a vector v in R^d of unit Euclidean norm.
 
     This class is meant to be subclassed; a new descriptor defines :attr:`size` and :meth:`describe`.
     """
@@ -39,7 +39,7 @@ class Descriptor(ABC):
 
     @abstractmethod
     def describe(self, data: ClientData) -> np.ndarray:
-        """Summarise ``data.train`` as float32 ``(d,)`` of unit norm."""
+        """Summarise what the client may look at as float32 ``(d,)`` of unit norm."""
 
     def reference(self, known: np.ndarray) -> np.ndarray:
         """What the descriptors ``(m, d)`` of many clients have in common, ``(d,)``: their mean."""
@@ -151,8 +151,8 @@ class MomentsDescriptor(Descriptor):
 class GraphMomentsDescriptor(MomentsDescriptor):
     """Moments of a client's subgraph: those of its nodes' propagated features, and its degrees.
 
-    ``v = [u(counts); u(mean of e(x)); u(std of e(x)); u(degrees)] / 2``, where the degrees are summed up by the mean
-    and the standard deviation of ``log(1 + d)``, the largest of them, and the share of isolated nodes.
+    ``v = [u(counts); u(mean of e(x)); u(std of e(x)); u(degrees)] / 2``, where the in-degrees d are summed up by the
+    mean and the standard deviation of ``log(1 + d)``, the largest of them, and the share of nodes that no edge ends at.
     """
 
     @property
@@ -264,7 +264,7 @@ class WarmupDescriptor(Descriptor):
         return self.model.model.feature_size
 
     def describe(self, data: ClientData) -> np.ndarray:
-        """Summarise ``data.train`` as float32 ``(f,)`` of unit norm."""
+        """Summarise ``data.known``, after training on ``data.train``, as float32 ``(f,)`` of unit norm."""
         rng = stream(self.config.seed, "descriptor-warmup")
         steps = self.config.descriptor.warmup_steps
         train_locally(self.model, self.initial, None, data, self.config, rng, None, steps)

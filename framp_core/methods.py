@@ -77,12 +77,12 @@ _PUBLISHED = {
     "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
     "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
     "heterofl-budget": Method(
-        "HeteroFL, held to the budget",
+        "HeteroFL, nearest the budget",
         {**_HETEROFL, "method": "heterofl", "model.slim-width": "budget"},
         "as above; widths by the weights held: with wide inputs the published widths hold several times the budget",
     ),
     "fedrolex-budget": Method(
-        "FedRolex, held to the budget",
+        "FedRolex, nearest the budget",
         {**_HETEROFL, "method": "fedrolex", "model.slim-width": "budget"},
         "as above",
     ),

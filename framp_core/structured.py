@@ -24,7 +24,7 @@ WIDTH_STEPS = 32
 """Widths of a network with early exits are multiples of 1/32: fine enough to meet a budget within some percent."""
 
 BUDGET_STEPS = 256
-"""And 1/256 where no exits are: one channel of 128, so that a wide input can be met."""
+"""And 1/256 where no exits are, finer than a channel of 128, so that a budget can be met on wide inputs."""
 
 
 @dataclass(frozen=True)

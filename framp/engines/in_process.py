@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
+from framp_core.data import load_partition
 from framp_core.run_folder import RunFolder
 
 _CLIENT_APP_RAISED = 2
@@ -174,6 +175,8 @@ def run_local(config: FrampConfig) -> RunFolder:
     from client_app.app import app
     from server_app.app import serve
 
+    # What is wrong with the data is said once and here, not by every client.
+    load_partition(config, config.partition.nodes)
     workers = config.engine.workers or os.cpu_count() or 1
     with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers) as grid:
         return serve(grid, config)

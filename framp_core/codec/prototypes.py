@@ -1,4 +1,4 @@
-"""Class prototypes as bytes: their number p, p class ids, p image counts, p x f float32 means; little-endian.
+"""Class prototypes as bytes: their number p, p class ids, p counts, p x f float32 means; little-endian.
 
 No bytes stand for no prototypes.
 """
@@ -28,7 +28,7 @@ def encode_prototypes(prototypes: Prototypes | None) -> bytes:
         [
             _UINT32.pack(len(prototypes.classes)),
             _uint32_bytes(prototypes.classes, "class ids of prototypes"),
-            _uint32_bytes(prototypes.counts, "image counts of prototypes"),
+            _uint32_bytes(prototypes.counts, "counts of prototypes"),
             prototypes.means.astype("<f4").tobytes(),
         ]
     )
@@ -63,7 +63,7 @@ def decode_prototypes(data: memoryview, classes: int, feature_size: int) -> Prot
             f"below {classes}; use one data set on both sides"
         )
     if (counts < 1).any():
-        raise ProtocolError("a prototype of 0 images was sent; a class without images has no prototype")
+        raise ProtocolError("a prototype of 0 examples was sent; a class without examples has no prototype")
     means = np.frombuffer(data, "<f4", offset=_UINT32.size * (1 + 2 * number)).astype(np.float32)
     require_finite(means, "prototypes")
     return Prototypes(ids, counts, means.reshape(number, feature_size))

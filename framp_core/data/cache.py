@@ -62,7 +62,7 @@ def cached(folder: str, identity: Mapping[str, Any], build: Callable[[Path], Non
     except OSError as error:
         raise DataError(
             f"the cache folder {str(root)!r} cannot be written ({error}); set data.cache to a folder that can be, "
-            f"with room for the decoded images"
+            f"with room for the decoded data"
         ) from error
     return target
 

@@ -59,7 +59,7 @@ class Examples(ABC):
         """Every example once, in order; nothing for an empty selection.
 
         Args:
-            batch_size: examples per batch, where the size of a batch is a matter of memory alone.
+            batch_size: images per batch; graphs are read whole, whatever it is.
             device: where the batches go.
             rng: draws augmentation; None leaves the examples clean.
             lone_example: false lets the last example join the batch before it rather than make a batch of its own, for

@@ -22,7 +22,7 @@ MANIFEST_VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class ClientSplit:
-    """The images of one client, as positions in the pools.
+    """The examples of one client, as positions in the pools of images, or as nodes of a graph.
 
     Attributes:
         name: such as ``client-0007``.
@@ -79,7 +79,7 @@ class Partition:
     def digest(self) -> str:
         """SHA-256 of ``{"data_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
 
-        Equal digests mean the same images, transforms and labels on the same clients, however they were arrived at.
+        Equal digests mean the same examples, transforms and labels on the same clients, however they were arrived at.
         """
         content = {"data_digest": self.data_digest, "clients": [client.to_dict() for client in self.clients]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

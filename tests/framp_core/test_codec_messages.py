@@ -425,7 +425,7 @@ def test_encoders_refuse_what_does_not_fit():
         encode_submodel(VALUES[1:], dropped, None, LAYOUT, "float32")
     for count in (-1, 2**32):
         prototypes = replace(make_prototypes(), counts=np.array([1, count, 1]))
-        with pytest.raises(ProtocolError, match="image counts of prototypes"):
+        with pytest.raises(ProtocolError, match="counts of prototypes"):
             encode_update(VALUES, prototypes, LAYOUT, MASK, "float32")
 
 
@@ -454,7 +454,7 @@ BAD_PROTOTYPES = {
     "class out of range": (replace(make_prototypes(), classes=np.array([0, 2, CLASSES])), "below 5"),
     "class twice": (replace(make_prototypes(), classes=np.array([0, 2, 2])), "each class once"),
     "not ascending": (replace(make_prototypes(), classes=np.array([2, 0, 4])), "ascending"),
-    "no images": (replace(make_prototypes(), counts=np.array([1, 0, 1])), "0 images"),
+    "no images": (replace(make_prototypes(), counts=np.array([1, 0, 1])), "0 examples"),
     "another width": (make_prototypes(features=FEATURES + 1), "3 features"),
 }
 

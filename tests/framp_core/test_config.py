@@ -14,6 +14,7 @@ from framp_core.data.partition import make_partition
 from framp_core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+GRAPH = {"data.name": "cora", "model.name": "gcn", "partition.scheme": "metis", "graph.neighbours": "15,10,5"}
 PRESETS = sorted((ROOT / "presets").glob("*.toml"))
 
 
@@ -89,6 +90,13 @@ def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
         ({"partition.scheme": "metis"}, "choose balanced-dirichlet"),
         ({"graph.train-share": 0.7, "graph.validation-share": 0.3}, "leave no test nodes"),
         ({"graph.neighbours": ""}, "neighbours"),
+        ({**GRAPH, "graph.neighbours": "5"}, "graph.neighbours='5' and the model has 3 layers"),
+        ({**GRAPH, "partition.alpha": 0.1}, "partition.alpha=0.1 means nothing"),
+        ({**GRAPH, "partition.feature-shift": "rotation"}, "is a graph, for which partition.feature-shift='rotation'"),
+        ({**GRAPH, "partition.validation-fraction": 0.0}, "validation-fraction=0.0 means nothing; leave it at 0.1"),
+        ({**GRAPH, "data.augment": True}, "data.augment=True means nothing"),
+        ({"partition.overlap": 5}, "is images, for which partition.overlap=5 means nothing"),
+        ({"graph.hops": 1}, "graph.hops=1 means nothing"),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:

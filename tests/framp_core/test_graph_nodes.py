@@ -16,7 +16,7 @@ from framp_core.data.graph import (
     load_graph_partition,
 )
 from framp_core.data.graph.neighbours import edges_into, edges_within, sample_around, starts_of
-from framp_core.errors import ConfigError, DataError
+from framp_core.errors import DataError
 from framp_core.randomness import stream
 
 CPU = torch.device("cpu")
@@ -228,15 +228,6 @@ def test_a_large_subgraph_is_sampled():
     assert not torch.equal(batches(1)[0][1], batches(2)[0][1]) or not torch.equal(
         batches(1)[0][0].x, batches(2)[0][0].x
     )
-
-
-def test_too_few_fan_outs_are_refused_only_where_neighbours_are_sampled():
-    chosen = selection(random_subgraph(), [1, 2])
-    config = configured(**{"graph.neighbours": "5", "graph.full-batch-nodes": 10})
-    with pytest.raises(ConfigError, match=r"graph\.neighbours='5' and the model has 2 layers .*give 2 numbers"):
-        next(chosen.training_batches(config, 1, np.random.default_rng(0), CPU))
-    whole = config.model_copy(update={"graph": config.graph.model_copy(update={"full_batch_nodes": 60})})
-    assert next(chosen.training_batches(whole, 1, np.random.default_rng(0), CPU))[1].shape == (2,)
 
 
 def joint_selection(sizes, batch_nodes, seed=0, share=0.5):

@@ -1,5 +1,6 @@
 import hashlib
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -41,7 +42,7 @@ def config(cache):
         names = {"seed": "seed", "sizes": "capacity.sizes", "assignment": "capacity.assignment"}
         names |= {key: f"graph.{key.replace('_', '-')}" for key in ("train_share", "validation_share")}
         flat = {names.get(key, f"partition.{key.replace('_', '-')}"): value for key, value in values.items()}
-        fixed = {"data.name": "graph-digits", "model.name": "gcn", "partition.scheme": scheme, "data.cache": cache}
+        fixed = {"data.name": "graph-digits", "model.name": "gcn", "model.widths": "8,8", "partition.scheme": scheme, "data.cache": cache}
         return FrampConfig.from_flat({"partition.unseen-clients": 0, **fixed, **flat})
 
     return build
@@ -73,7 +74,7 @@ def test_clients_are_disjoint_complete_and_never_empty(cache, graph, scheme, cli
         {
             "data.name": "graph-digits",
             "data.cache": cache,
-            "model.name": "gcn",
+            "model.name": "gcn", "model.widths": "8,8",
             "partition.scheme": scheme,
             "partition.clients": clients,
             "partition.unseen-clients": unseen,
@@ -255,24 +256,6 @@ def test_a_client_may_have_one_class_alone(config):
 # --- refusals and the rest ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("alpha", 0.1),
-        ("classes_per_client", 3),
-        ("test_split", "independent"),
-        ("validation_fraction", 0.0),
-        ("feature_shift", "rotation"),
-        ("feature_shift_clusters", 2),
-        ("quantity_skew", 1.0),
-    ],
-)
-def test_keys_for_images_are_refused(config, key, value):
-    message = rf"partition\.{key.replace('_', '-')}={value!r} is for images, not for a graph"
-    with pytest.raises(DataError, match=message):
-        make_graph_partition(config(clients=2, **{key: value}), cliques(2, 20))
-
-
 def test_too_few_nodes_and_communities_are_counted(config):
     with pytest.raises(DataError, match="the graph has 20 nodes, too few for 21 clients"):
         make_graph_partition(config(clients=21), cliques(2, 10))
@@ -312,16 +295,19 @@ def test_capacities_are_shared_out_as_for_images(config):
     assert [client.capacity for client in partition.clients] == [half, half, whole, whole, half, whole]
 
 
-def test_the_digest_covers_edges_labels_and_splits(config):
+def test_the_digest_covers_edges_labels_features_and_splits(config):
     graph = cliques(2, 20)
     partition = make_graph_partition(config(clients=2), graph)
     content = b"".join(array.astype("<i8").tobytes() for array in (graph.edges[0], graph.edges[1], graph.labels))
+    content += graph.features.astype("<f4").tobytes()
     assert partition.data_digest == hashlib.sha256(content).hexdigest()
     manifest = partition.manifest()
     assert {"partition", "capacity", "graph"} <= set(manifest)
     assert manifest["clients"][0]["train"] == partition.clients[0].train.tolist()
     other = cliques(2, 20, 1 - np.arange(40) % 2)
     assert make_graph_partition(config(clients=2), other).data_digest != partition.data_digest
+    brighter = replace(graph, features=graph.features + 1)
+    assert make_graph_partition(config(clients=2), brighter).data_digest != partition.data_digest
 
 
 @pytest.mark.parametrize("scheme", ["metis", "louvain"])

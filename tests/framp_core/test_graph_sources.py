@@ -68,6 +68,10 @@ def test_edges_are_in_one_order_without_loops_and_repeats(raw, undirected, large
     kept = slow_component(expected, len(raw.x)) if largest else list(range(len(raw.x)))
     numbers = {node: number for number, node in enumerate(kept)}
     expected = {(numbers[a], numbers[b]) for a, b in expected if a in numbers}
+    if len({int(raw.y[node]) for node in kept}) == 1:
+        with pytest.raises(DataError, match=r"largest-component=true leaves .* all of label"):
+            tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
+        return
     graph = tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
     assert [tuple(edge) for edge in graph.edge_index.T] == sorted(expected, key=lambda edge: edge[::-1])
     np.testing.assert_array_equal(graph.x, raw.x[kept])
@@ -158,6 +162,22 @@ def test_options_change_the_graph_and_the_cache_keeps_them_apart(tmp_path):
     np.savez(tmp_path / "g.npz", **{**ARRAYS, "y": np.array([1, 0, 1, 0, 2])})
     os.utime(tmp_path / "g.npz", ns=(1, 1))
     assert opened(tmp_path, "graph-file", tmp_path / "g.npz").labels[0] == 1
+
+
+def test_bytes_changed_anywhere_in_an_archive_are_read_or_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "whole.npz", **ARRAYS)
+    content, refused = (tmp_path / "whole.npz").read_bytes(), 0
+    for place in rng.integers(len(content) - 20, size=60):
+        changed = bytearray(content)
+        changed[place : place + 20] = rng.bytes(20)
+        path = tmp_path / f"changed-{place}.npz"
+        path.write_bytes(changed)
+        try:
+            opened(tmp_path, "graph-file", path)
+        except DataError:
+            refused += 1
+    assert refused > 30
 
 
 def test_a_saved_pyg_graph_is_read_from_either_format(tmp_path):

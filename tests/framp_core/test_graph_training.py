@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from framp_core.config import FrampConfig
-from framp_core.data import ClientData, load_client
+from framp_core.data import ClientData, load_client, load_partition
 from framp_core.data.graph import LabelledNodes, Subgraph
 from framp_core.descriptors import build_descriptor
 from framp_core.graph_batch import GraphBatch
@@ -158,8 +158,21 @@ def test_union_counts_each_clients_test_nodes_in_its_own_subgraph(graph_config: 
         expected += int((logits.argmax(dim=1) == torch.from_numpy(own.labels)[seeds]).sum())
     (found,) = evaluate(model, clients[0].union_test, torch.zeros(1, CLASSES))
     assert (found.correct, found.total) == (expected, sum(len(data.test) for data in clients))
-    # With the edges between clients it would be another number of another thing: features of other clients' nodes.
     assert 0 < found.correct < found.total
+
+
+def test_a_clients_subgraph_has_no_edges_to_other_clients(graph_config: Build) -> None:
+    """The logits of its test nodes are those of its own subgraph, not of the whole graph."""
+    config = graph_config()
+    model, data = flat_model(config), client_of(config)
+    model.load(initial(config))
+    graph, _ = load_partition(config, config.partition.nodes)
+    own = subgraph_of(data)
+    held = data.test.positions  # type: ignore[attr-defined]
+    ((batch, _),) = list(data.test.ordered_batches(1, torch.device("cpu")))
+    whole = GraphBatch(*(torch.from_numpy(array.copy()) for array in (graph.features, graph.edges, own.nodes[held])))
+    assert torch.equal(batch.x[batch.seeds], whole.x[whole.seeds])
+    assert (model(batch)[0] - model(whole)[0]).abs().max() > 1e-3
 
 
 # --- descriptors ---------------------------------------------------------------------------------------------------

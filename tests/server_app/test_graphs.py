@@ -13,7 +13,7 @@ from framp.engines import run_local
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data.graph import load_graph_partition
-from framp_core.errors import ConfigError
+from framp_core.errors import ConfigError, DataError
 from framp_core.graph_batch import GraphBatch
 from framp_core.methods import settings_of
 from framp_core.models import build_model, initial_parameters
@@ -43,7 +43,8 @@ def measured(run: RunFolder) -> list[dict[str, object]]:
     ("method", "network"),
     [
         *((method, "gcn") for method in ("framp", "fiarse", "heterofl", "fedrolex", "scalefl", "fedavg", "local")),
-        *((method, network) for method in ("framp", "heterofl", "scalefl") for network in ("sage", "gat")),
+        *((method, "gcn") for method in ("heterofl-budget", "fedrolex-budget")),
+        *((method, network) for method in ("framp", "heterofl", "fedrolex", "scalefl") for network in ("sage", "gat")),
     ],
 )
 def test_every_method_trains_every_network_on_a_graph(graph_run: Build, method: str, network: str) -> None:
@@ -97,6 +98,16 @@ def test_a_graph_learns_its_planted_classes(graph_run: Build) -> None:
     blind = run_local(graph_run(values, "blind", "fedavg")).json("summary.json")["rows"][-1]
 
     assert learnt["union"] > 2 / CLASSES > blind["union"]
+
+
+def test_bad_data_are_named_once_before_anything_is_written(graph_run: Build, tmp_path: Path) -> None:
+    for root, words in ((tmp_path / "none.npz", "'none.npz' is missing"), (tmp_path / "small.txt", "neither .npz")):
+        (tmp_path / "small.txt").write_text("x")
+        with pytest.raises(DataError, match=words):
+            run_local(graph_run({"data.root": str(root)}))
+    with pytest.raises(DataError, match="a multiple of 3"):
+        run_local(graph_run({"partition.overlap": 3}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_statistics_are_refused_before_anything_is_written(graph_run: Build, tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ def tidied(graph: RawGraph, *, undirected: bool, largest_component: bool) -> Raw
         undirected: add the reverse of every edge.
         largest_component: keep the nodes of the largest connected component alone, directions aside, in their order;
             among equals the one with the first node.
+
+    Raises:
+        DataError: that component has nodes of one class alone.
     """
     nodes, (source, target) = len(graph.x), graph.edge_index
     if undirected:
@@ -143,7 +146,13 @@ def tidied(graph: RawGraph, *, undirected: bool, largest_component: bool) -> Raw
     component = component_of(edges, nodes)
     kept = component == component[np.bincount(component)[component].argmax()]
     numbers = np.cumsum(kept) - 1
-    return graph._replace(x=graph.x[kept], edge_index=numbers[edges[:, kept[edges[1]]]], y=graph.y[kept])
+    labels = graph.y[kept]
+    if labels.min() == labels.max():
+        raise DataError(
+            f"graph.largest-component=true leaves {len(labels)} nodes, all of label {labels[0]}; expected two "
+            f"classes or more: set it to false"
+        )
+    return graph._replace(x=graph.x[kept], edge_index=numbers[edges[:, kept[edges[1]]]], y=labels)
 
 
 def component_of(edges: np.ndarray, nodes: int) -> np.ndarray:

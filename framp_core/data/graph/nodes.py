@@ -15,7 +15,7 @@ from framp_core.data.graph.neighbours import edges_within, sample_around, starts
 from framp_core.data.graph.partition import make_graph_partition
 from framp_core.data.graph.sources import GraphData, load_graph
 from framp_core.data.partition import ClientSplit, Partition
-from framp_core.errors import ConfigError, DataError
+from framp_core.errors import DataError
 from framp_core.graph_batch import GraphBatch
 from framp_core.randomness import stream
 
@@ -109,7 +109,6 @@ class LabelledNodes(Examples):
         at the seeds; entries beyond that are not used. Features are then nodes x F floats per step.
 
         Raises:
-            ConfigError: neighbours are sampled and ``graph.neighbours`` has fewer entries than the model layers.
             DataError: the selection spans several clients.
         """
         if len(self.subgraphs) != 1:
@@ -121,7 +120,7 @@ class LabelledNodes(Examples):
             for _ in range(steps):
                 yield batch, labels
             return
-        fan_outs = _fan_outs(config)
+        fan_outs = config.graph.neighbours[: len(config.model.widths)]
         for chosen in batch_positions(len(self), config.local.batch_size, steps, rng, config.local.reshuffle):
             sampled = own.sampled(self.positions[chosen], fan_outs, rng)
             yield sampled.to(device), labels[torch.from_numpy(chosen)].to(device)
@@ -179,17 +178,6 @@ def _packed(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         yield owners
 
 
-def _fan_outs(config: FrampConfig) -> tuple[int, ...]:
-    layers, given = len(config.model.widths), config.graph.neighbours
-    if len(given) < layers:
-        raise ConfigError(
-            f"graph.neighbours={','.join(map(str, given))!r} and the model has {layers} layers (model.widths); give "
-            f"{layers} numbers, the first for the neighbours of the training nodes themselves, or raise "
-            f"graph.full-batch-nodes"
-        )
-    return given[:layers]
-
-
 # --- clients ------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +186,6 @@ def _graph(data: DataConfig, graph: GraphConfig) -> GraphData:
     return load_graph(data, graph)
 
 
-@lru_cache(maxsize=4)
 def load_graph_partition(config: FrampConfig, partitions: int) -> tuple[GraphData, Partition]:
     """Load the graph and the partition of a run; kept for the life of the process.
 
@@ -210,6 +197,16 @@ def load_graph_partition(config: FrampConfig, partitions: int) -> tuple[GraphDat
         DataError: the graph cannot be read, or :func:`make_graph_partition` fails.
         ConfigError: a package of the extra ``graph`` is not installed.
     """
+    return _partitioned(_held(config), partitions)
+
+
+def _held(config: FrampConfig) -> FrampConfig:
+    """How a client trains may change by the round; what it holds does not, and is kept once."""
+    return config.model_copy(update={"local": LocalConfig()})
+
+
+@lru_cache(maxsize=4)
+def _partitioned(config: FrampConfig, partitions: int) -> tuple[GraphData, Partition]:
     graph = _graph(config.data, config.graph)
     scaled = config.model_copy(update={"partition": config.partition.for_nodes(partitions)})
     return graph, make_graph_partition(scaled, graph)
@@ -246,8 +243,7 @@ def client_data(config: FrampConfig, partition_id: int, partitions: int) -> Clie
         DataError: :func:`load_graph_partition` fails.
         ConfigError: a package of the extra ``graph`` is not installed.
     """
-    # How a client trains may change by the round; what it holds does not, and is kept once.
-    config = config.model_copy(update={"local": LocalConfig()})
+    config = _held(config)
     graph, partition = load_graph_partition(config, partitions)
     split, own = partition.clients[partition_id], _subgraphs(config, partitions)[partition_id]
 

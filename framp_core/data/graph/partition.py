@@ -21,16 +21,6 @@ from framp_core.rounding import largest_remainder
 # scipy's sparse arrays are untyped.
 csr_array: Any = sparse.csr_array
 
-_IMAGES_ONLY = {
-    "alpha": "parts follow from the edges",
-    "classes_per_client": "parts follow from the edges",
-    "test_split": "a client's test data are its own nodes",
-    "validation_fraction": "set graph.validation-share",
-    "feature_shift": "it transforms images",
-    "feature_shift_clusters": "it transforms images",
-    "quantity_skew": "parts follow from the edges",
-}
-"""Keys of the section ``partition`` that mean nothing for graphs, and why."""
 _SCHEME_PACKAGES = {"metis": "pymetis", "louvain": "networkx"}
 
 
@@ -55,8 +45,8 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
     training or test nodes. Concept shift renames a client's labels as for images.
 
     ``data_digest`` of the result is the SHA-256 of ``graph.edges`` (first the sources of all edges, then the targets)
-    and ``graph.labels``, int64, little endian, one after the other. Positions in the splits are nodes, and the splits
-    of all clients refer to the same numbering.
+    and ``graph.labels``, int64, and ``graph.features``, float32, all little endian, one after the other. Positions in
+    the splits are nodes, and the splits of all clients refer to the same numbering.
 
     Args:
         config: sections ``partition``, ``capacity``, ``graph`` and ``data.cache`` and the seed are used.
@@ -64,14 +54,13 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
 
     Raises:
         DataError: a client would end without training or test nodes, ``overlap`` does not divide the clients, there
-            are too few nodes or communities, METIS leaves a part empty, a key for images alone is set, or there are
-            more clusters of concept shift than training clients.
+            are too few nodes or communities, METIS leaves a part empty, or there are more clusters of concept shift
+            than training clients.
         ConfigError: a package of the extra ``graph`` is not installed.
     """
     settings, seed = config.partition, config.seed
     _check(settings, len(graph))
-    digest = hashlib.sha256(graph.edges.astype("<i8").tobytes() + graph.labels.astype("<i8").tobytes()).hexdigest()
-    parts = stream(seed, "part-order").permutation(settings.nodes // settings.overlap)[_parts(config, graph, digest)]
+    parts = stream(seed, "part-order").permutation(settings.nodes // settings.overlap)[_parts(config, graph)]
     roles = _roles(config, len(graph))
     fractions = capacities(config.capacity, settings, seed)
     concepts = concept_shifts(settings, graph.classes, seed)
@@ -84,15 +73,18 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
         held = (train, validation, test)
         clients.append(ClientSplit(client_name(index), role, fractions[index], *held, None, concepts[index]))
     nested = config.to_nested()
-    return Partition(tuple(clients), digest, seed, {key: nested[key] for key in ("partition", "capacity", "graph")})
+    made_with = {key: nested[key] for key in ("partition", "capacity", "graph")}
+    return Partition(tuple(clients), _digest(graph), seed, made_with)
+
+
+def _digest(graph: GraphData) -> str:
+    digest = hashlib.sha256()
+    for array, kind in ((graph.edges, "<i8"), (graph.labels, "<i8"), (graph.features, "<f4")):
+        digest.update(np.ascontiguousarray(array, dtype=kind).data)
+    return digest.hexdigest()
 
 
 def _check(settings: PartitionConfig, nodes: int) -> None:
-    for field, why in _IMAGES_ONLY.items():
-        value, default = getattr(settings, field), PartitionConfig.model_fields[field].default
-        if value != default:
-            key = f"partition.{field.replace('_', '-')}"
-            raise DataError(f"{key}={value!r} is for images, not for a graph: {why}; leave it at {default!r}")
     for kind, count in (("clients", settings.clients), ("unseen-clients", settings.unseen_clients)):
         if count % settings.overlap:
             raise DataError(
@@ -137,7 +129,7 @@ def _require(kind: str, held: np.ndarray, nodes: np.ndarray, index: int, config:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def _parts(config: FrampConfig, graph: GraphData, digest: str) -> np.ndarray:
+def _parts(config: FrampConfig, graph: GraphData) -> np.ndarray:
     """Part of each node, int64 ``(N,)``; computed once per machine, for Louvain may take minutes."""
     scheme, count = config.partition.scheme, config.partition.nodes // config.partition.overlap
     if count == 1:
@@ -150,7 +142,9 @@ def _parts(config: FrampConfig, graph: GraphData, digest: str) -> np.ndarray:
         parts = (_metis if scheme == "metis" else _louvain)(_symmetric(graph), count, number)
         np.save(folder / "parts.npy", parts.astype(np.int64))
 
-    identity = {"graph": digest, "scheme": scheme, "parts": count, "seed": number, package: version(package)}
+    edges = hashlib.sha256(graph.edges.astype("<i8").tobytes()).hexdigest()
+    made_of = {"edges": edges, "nodes": len(graph), "scheme": scheme, "parts": count, "seed": number}
+    identity = {**made_of, package: version(package)}
     folder = cached(config.data.cache, identity, build)
     try:
         parts: np.ndarray = np.load(folder / "parts.npy")

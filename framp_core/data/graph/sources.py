@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 from framp_core.config import DataConfig, GraphConfig
@@ -72,7 +72,8 @@ class GraphData:
 
 
 def load_graph(data: DataConfig, graph: GraphConfig) -> GraphData:
-    """Open a graph, decoding it into the cache on first use. Nothing is drawn at random, downloaded, or written.
+    """Open a graph, decoding it into the cache on first use. Nothing is drawn at random, downloaded, or written
+    below ``data.root``.
 
     - ``cora``, ``citeseer``, ``pubmed``: the Planetoid files in ``root/Cora/raw`` and so on, where PyG puts them,
       read by PyG's own reader. Features are scaled to sum 1 per node as PyG's ``NormalizeFeatures`` does. The 15
@@ -156,6 +157,8 @@ def _planetoid(name: str, root: Path) -> tuple[dict[str, Any], Callable[[], RawG
         reader, transforms = extra("torch_geometric.io"), extra("torch_geometric.transforms")
         try:
             graph = transforms.NormalizeFeatures()(reader.read_planetoid_data(str(folder), name))
+        except MemoryError:
+            raise
         except Exception as error:  # Damaged pickles may raise almost anything.
             raise DataError(f"{name} is damaged ({error!r}): {help_text}") from error
         return RawGraph(graph.x.numpy(), graph.edge_index.numpy(), graph.y.numpy())
@@ -178,6 +181,8 @@ def _arxiv(root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
                 (graph,) = reader.read_csv_graph_raw(str(folder))
             labels = pandas.read_csv(folder / "node-label.csv.gz", header=None).to_numpy()
             named = tuple(pandas.read_csv(names).iloc[:, 1].astype(str)) if names.is_file() else None
+        except MemoryError:
+            raise
         except Exception as error:  # Damaged tables may raise almost anything.
             raise DataError(f"ogbn-arxiv is damaged ({error!r}): {help_text}") from error
         return RawGraph(graph["node_feat"], graph["edge_index"], labels, named)
@@ -224,7 +229,9 @@ def _file(path: Path) -> RawGraph:
         raise DataError(f"{str(path)!r} is neither .npz nor .safetensors: {_HOW_TO_SAVE}")
     try:
         held, arrays = readers[path.suffix](path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Damaged archives may raise almost anything.
         raise DataError(f"{str(path)!r} cannot be read ({error}): {_HOW_TO_SAVE}") from error
     missing = [name for name in _SAVED if name not in arrays]
     if missing:
