@@ -42,7 +42,13 @@ def config(cache):
         names = {"seed": "seed", "sizes": "capacity.sizes", "assignment": "capacity.assignment"}
         names |= {key: f"graph.{key.replace('_', '-')}" for key in ("train_share", "validation_share")}
         flat = {names.get(key, f"partition.{key.replace('_', '-')}"): value for key, value in values.items()}
-        fixed = {"data.name": "graph-digits", "model.name": "gcn", "model.widths": "8,8", "partition.scheme": scheme, "data.cache": cache}
+        fixed = {
+            "data.name": "graph-digits",
+            "model.name": "gcn",
+            "model.widths": "8,8",
+            "partition.scheme": scheme,
+            "data.cache": cache,
+        }
         return FrampConfig.from_flat({"partition.unseen-clients": 0, **fixed, **flat})
 
     return build
@@ -74,7 +80,8 @@ def test_clients_are_disjoint_complete_and_never_empty(cache, graph, scheme, cli
         {
             "data.name": "graph-digits",
             "data.cache": cache,
-            "model.name": "gcn", "model.widths": "8,8",
+            "model.name": "gcn",
+            "model.widths": "8,8",
             "partition.scheme": scheme,
             "partition.clients": clients,
             "partition.unseen-clients": unseen,
