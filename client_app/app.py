@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from client_app.client import Client, Instruction
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
+from framp_core.spans import span
 from framp_core.threads import torch_threads
 
 app = ClientApp()
@@ -34,6 +35,7 @@ def check_fingerprint(expected: str) -> None:
         )
 
 
+@span("client.other")
 def answer(handler: Handler, message: Message, context: Context) -> Message:
     """Run ``handler`` and wrap its result, or the error it raised, in a reply."""
     try:

@@ -28,6 +28,7 @@ from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
+from framp_core.spans import span
 from server_app.recording import (
     accuracy_record,
     client_rows,
@@ -346,7 +347,8 @@ class SubmodelStrategy(Strategy):
             return
         descriptors, clients = self.registry.state()
         state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
-        self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
+        with span("server.checkpoint"):
+            self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
 
     # Shared steps -----------------------------------------------------------------------------------------------
 
@@ -417,8 +419,10 @@ class SubmodelStrategy(Strategy):
         final: bool = False,
     ) -> Outgoing:
         evaluation = message_type == MessageType.EVALUATE
-        theta = self.generate(client, evaluation=evaluation)
-        mask = self.extract(theta, client, server_round)
+        with span("server.generate"):
+            theta = self.generate(client, evaluation=evaluation)
+        with span("server.mask"):
+            mask = self.extract(theta, client, server_round)
         encoded = self._encode(theta[mask], mask, prototypes)
         extra = {} if evaluation else self.train_instructions(client, server_round)
         instruction = self._instruction(server_round, **{**config, "final": final, **extra})
@@ -426,6 +430,7 @@ class SubmodelStrategy(Strategy):
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
         return Outgoing(message, client, np.packbits(mask), encoded.parts)
 
+    @span("server.encode")
     def _encode(self, theta_kept: np.ndarray, mask: np.ndarray, prototypes: Prototypes | None) -> Encoded:
         if self.slim:
             return encode_slim(theta_kept, mask, self.layout, self.config.wire.values)
@@ -436,6 +441,7 @@ class SubmodelStrategy(Strategy):
         good, refused = read_replies(names, replies)
         return {item.client.name: item for item in self._outbox}, good, refused
 
+    @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
         try:
             blob = reply.content.config_records["framp"]["payload"]
@@ -453,6 +459,7 @@ class SubmodelStrategy(Strategy):
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts
 
+    @span("server.aggregate")
     def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:
         """Update the server's state; a round without enough valid replies, or with absurd ones, changes nothing."""
         try:
