@@ -255,6 +255,7 @@ class SubmodelStrategy(Strategy):
             except FrampError as error:
                 refused.append(Refusal.of(reply.client, error))
             else:
+                reply.content.config_records["framp"].clear()  # Flower keeps the replies until the round has ended.
                 updates.append(update)
                 rows.append(train_row(update, sent[reply.client].parts, parts))
         learnt, metrics = self._learn(updates, server_round)
@@ -439,6 +440,8 @@ class SubmodelStrategy(Strategy):
     def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
         good, refused = read_replies(names, replies)
+        for item in self._outbox:  # What it carried has arrived; all of them are as large as the updates to come.
+            item.message.content = RecordDict()
         return {item.client.name: item for item in self._outbox}, good, refused
 
     @span("server.decode")
