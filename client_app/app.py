@@ -14,6 +14,7 @@ from client_app.client import Client, Instruction
 from client_app.held_reference import HeldReference
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
+from framp_core.spans import span
 from framp_core.threads import torch_threads
 
 app = ClientApp()
@@ -35,6 +36,7 @@ def check_fingerprint(expected: str) -> None:
         )
 
 
+@span("client.other")
 def answer(handler: Handler, message: Message, context: Context) -> Message:
     """Run ``handler`` and wrap its result, or the error it raised, in a reply."""
     try:

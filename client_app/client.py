@@ -28,6 +28,7 @@ from framp_core.local_training import (
 from framp_core.models import FlatModel, build_model
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
+from framp_core.spans import span
 from framp_core.structured import held_classes, slim_widths
 
 
@@ -105,6 +106,7 @@ class Client:
     held: HeldReference
 
     @classmethod
+    @span("client.load")
     def of(
         cls,
         run_config: Mapping[str, Scalar],
@@ -160,6 +162,7 @@ class Client:
             "partition-digest": self.data.partition_digest,
         }
 
+    @span("client.describe")
     def describe(self) -> bytes:
         """The encoded descriptor."""
         vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
@@ -170,14 +173,15 @@ class Client:
         model, submodel = self._read(payload)
         rng = stream(self.config.seed, "local-training", self.data.name, server_round)
         result = train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
-        update = encode_update(
-            result.delta[submodel.mask],
-            held_classes(self.data.class_counts()) if is_slim(payload) else self._prototypes(model),
-            model.layout,
-            submodel.mask,
-            self.config.wire.values,
-            stream(self.config.seed, "update-rounding", self.data.name, server_round),
-        )
+        with span("client.encode"):
+            update = encode_update(
+                result.delta[submodel.mask],
+                held_classes(self.data.class_counts()) if is_slim(payload) else self._prototypes(model),
+                model.layout,
+                submodel.mask,
+                self.config.wire.values,
+                stream(self.config.seed, "update-rounding", self.data.name, server_round),
+            )
         return update.blob, {"loss": result.loss, "examples": result.examples, "steps": result.steps}
 
     def evaluate(self, payload: bytes, server_round: int, final: bool) -> dict[str, MetricRecordValues]:
@@ -203,10 +207,12 @@ class Client:
             counts |= self._measure(model, server_round, suffix="-tuned")
         return counts
 
+    @span("client.prototypes")
     def _prototypes(self, model: FlatModel) -> Prototypes:
         aligned = self.config.local.alignment_weight > 0
         return client_prototypes(model, self.data) if aligned else no_prototypes(model)
 
+    @span("client.decode")
     def _read(self, payload: bytes) -> tuple[FlatModel, Submodel]:
         """Decode a submodel, and find the network it is for, the full one or a slim one.
 
@@ -229,6 +235,7 @@ class Client:
         model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 
+    @span("client.evaluate")
     def _measure(
         self, model: FlatModel, server_round: int, suffix: str = "", strengths: Sequence[float] = ()
     ) -> dict[str, MetricRecordValues]:

@@ -101,11 +101,21 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the unfinished run in this folder.", show_default=False)
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, and peak memory.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="With --profile: trace.json for chrome://tracing.")] = False,
 ) -> None:
     """Train, evaluate, and write a run folder with its report."""
     from framp.engines import run_flower, run_local
+    from framp.profiling import PROFILE, profile_table, run_profiled
     from framp_core.report import results_table
 
+    if trace and not profile:
+        raise ConfigError("--trace writes what --profile records; give both")
+    if profile and engine is Engine.FLOWER:
+        raise ConfigError(
+            "--profile follows the in-process engine alone: Ray starts its clients where no profile can reach; "
+            "leave out --engine flower"
+        )
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
     if out is not None:
         fixed["output.folder"] = str(out.expanduser().resolve())
@@ -117,8 +127,13 @@ def run(
         loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
     with RunProgress(console, folder, loaded.rounds, resumed=bool(loaded.output.resume)):
-        finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
+        if profile:
+            finished = run_profiled(loaded, trace=trace)
+        else:
+            finished = run_flower(loaded) if engine is Engine.FLOWER else run_local(loaded)
     console.print(results_table(finished.json("summary.json")))
+    if profile:
+        console.print(profile_table(finished.json(PROFILE)))
     console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
 
 

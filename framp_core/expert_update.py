@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from framp_core.deltas import columns
 from framp_core.errors import ModelError
 from framp_core.generators import Mixture
 
@@ -64,10 +65,7 @@ class ExpertUpdate:
         shares = self.generator.shares(descriptors.to(experts.device)).detach()
         found = {}
         for number, slot in enumerate(self.generator.scope):
-            delta, held = (
-                torch.from_numpy(np.stack([vector[slot.slice] for vector in vectors])).to(experts)
-                for vectors in (deltas, masks)
-            )
+            delta, held = (torch.from_numpy(columns(vectors, slot.slice)).to(experts) for vectors in (deltas, masks))
             difference, between, within = _between_and_within(shares, delta, held)
             self.between[number] = SMOOTHING * self.between[number] + between
             self.within[number] = SMOOTHING * self.within[number] + within

@@ -17,6 +17,7 @@ from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeig
 from framp_core.masking import extract
 from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
+from framp_core.spans import span
 
 INFERENCE_BATCH = 64
 """Examples per batch where features are computed; test batches are those of ``evaluation.batch-size``."""
@@ -142,6 +143,7 @@ class _Objective:
         return loss
 
 
+@span("client.train")
 def train_locally(
     model: FlatModel,
     values: np.ndarray,

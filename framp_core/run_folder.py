@@ -11,6 +11,7 @@ summary.json            the results table; its presence says that the run finish
 clients.csv             every measurement of every client
 prior_curve.json        counts of every client at each of ``evaluation.prior-strengths``, at the last evaluation
 prototypes/             local and global prototypes of the first round that aligned, and of the last
+profile.json            of ``framp run --profile``: where the time went, and peak memory; ``--trace`` adds trace.json
 report.html, figures/   written by :mod:`framp_core.report`
 ======================  =====================================================================
 """

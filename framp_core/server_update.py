@@ -13,7 +13,7 @@ from framp_core.errors import ModelError, NonFiniteError
 from framp_core.expert_update import ExpertUpdate
 from framp_core.generators import Generator, Mixture
 
-GROUP_FLOATS = 2**26
+GROUP_FLOATS = 2**24
 """Generated floats held at once during a step; bounds the memory whatever the number of clients."""
 
 
@@ -68,7 +68,8 @@ class GeneratorUpdate:
 
         Args:
             descriptors: v_i, ``(c, d)``, one row per client.
-            deltas: Delta_i, trained minus received, float32 ``(n,)``, zero outside the mask.
+            deltas: Delta_i, trained minus received, float32 ``(n,)``, zero outside the mask; with
+                :class:`framp_core.deltas.KeptDeltas` only ``GROUP_FLOATS`` of them are dense at a time.
             masks: m_i, bool ``(n,)``, true where the client holds the parameter.
             examples: training examples per client, for the weighting ``examples``.
 
@@ -151,15 +152,25 @@ class GeneratorUpdate:
 
     def _set_gradients(self, descriptors: Tensor, deltas: Sequence[np.ndarray], weights: Sequence[float]) -> None:
         theta_0 = self.generator.theta_0
-        for parameter in self.generator.parameters():
+        parameters = self._learning_by_product()
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         for first, last in _groups(len(deltas), theta_0.numel()):
-            cotangents = torch.stack([torch.from_numpy(delta) for delta in deltas[first:last]]).to(theta_0.device)
+            cotangents = torch.empty((last - first, theta_0.numel()), device=theta_0.device)
+            for row, index in zip(cotangents, range(first, last), strict=True):
+                row.copy_(torch.from_numpy(deltas[index]))
             cotangents *= -torch.tensor(weights[first:last], device=theta_0.device)[:, None]
-            gradients = self.generator.vjp(descriptors[first:last].to(theta_0.device), cotangents)
-            for parameter, gradient in zip(self.generator.parameters(), gradients, strict=True):
+            gradients = self.generator.vjp(descriptors[first:last].to(theta_0.device), cotangents, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 assert parameter.grad is not None
                 parameter.grad += gradient
+
+    def _learning_by_product(self) -> list[nn.Parameter]:
+        """Parameters whose gradient is the plain product; that of the experts would only be replaced."""
+        replaced = self._experts.generator.experts if self._experts is not None else None
+        if self.config.weighting != "coverage":
+            replaced = None
+        return [parameter for parameter in self.generator.parameters() if parameter is not replaced]
 
     def _average_over_holders(self, masks: Iterable[np.ndarray], weights: Sequence[float]) -> None:
         gradient = self.generator.theta_0.grad

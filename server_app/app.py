@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import RunFolder
+from framp_core.spans import span
 from server_app.resume import checkpoint_of
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
@@ -57,8 +58,9 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
             _resume(strategy)
         rounds_left = config.rounds - strategy.rounds_done
         strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
-        finish(run)
-        write_report(run.path)
+        with span("server.report"):
+            finish(run)
+            write_report(run.path)
     return run
 
 

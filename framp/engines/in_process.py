@@ -1,14 +1,17 @@
 """Flower's grid without Ray: clients run in this process, or in a pool of worker processes."""
 
+import importlib
 import multiprocessing
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -18,11 +21,33 @@ from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_partition
 from framp_core.run_folder import RunFolder
+from framp_core.spans import Mark, is_recording, recording, span
+
+if TYPE_CHECKING:
+    from framp.profiling import Profile
 
 _CLIENT_APP_RAISED = 2
 _CLIENT_APP_CRASHED = 8
 _FIRST_NODE_ID = 1000
 _SERVER_NODE_ID = 1
+
+
+class Answer(NamedTuple):
+    """What comes back from a node.
+
+    Attributes:
+        reply: to the message.
+        state: of the node after it.
+        process: that answered.
+        marks: spans of the process meanwhile, if it is a worker's and spans are recorded.
+        cuda_bytes: peak that a worker had allocated so far, likewise.
+    """
+
+    reply: Message
+    state: RecordDict
+    process: int
+    marks: list[Mark]
+    cuda_bytes: int = 0
 
 
 class InProcessGrid(Grid):
@@ -35,6 +60,10 @@ class InProcessGrid(Grid):
         run_config: flat configuration, as Flower's ``Context.run_config``.
         workers: processes that answer messages; 1 means this process.
         node_configs: one per node; by default ``partition-id`` and ``num-partitions``.
+
+    Attributes:
+        worker_marks: spans of the worker processes by process id, while this process records its own.
+        worker_cuda_bytes: their peaks of allocated CUDA memory, likewise.
     """
 
     def __init__(
@@ -62,6 +91,8 @@ class InProcessGrid(Grid):
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._replies: dict[str, Message] = {}
+        self.worker_marks: dict[int, list[Mark]] = {}
+        self.worker_cuda_bytes: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +126,7 @@ class InProcessGrid(Grid):
         """Ids of all nodes."""
         return list(self._contexts)
 
+    @span("engine.transport")
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Answer the messages at once; their ids are filled in, as Flower does on sending."""
         messages = list(messages)
@@ -120,17 +152,22 @@ class InProcessGrid(Grid):
             answers = [_answer(self._client_app, *pair) for pair in self._with_contexts(messages)]
         else:
             answers = self._answer_in_pool(messages)
-        for node, (_, state) in zip(nodes, answers, strict=True):
-            self._contexts[node].state = state
-        return [reply for reply, _ in answers]
+        for node, answer in zip(nodes, answers, strict=True):
+            self._contexts[node].state = answer.state
+            if answer.marks:
+                self.worker_marks.setdefault(answer.process, []).extend(answer.marks)
+                self.worker_cuda_bytes[answer.process] = answer.cuda_bytes
+        return [answer.reply for answer in answers]
 
     def _with_contexts(self, messages: Sequence[Message]) -> list[tuple[Message, Context]]:
         return [(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
 
-    def _answer_in_pool(self, messages: Sequence[Message]) -> list[tuple[Message, RecordDict]]:
+    def _answer_in_pool(self, messages: Sequence[Message]) -> list[Answer]:
         """A worker that dies takes the unfinished messages of its batch with it; the next batch has a new pool."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+            if is_recording():
+                _wait_for_start(self._pool)
         pool, answers = self._pool, []
         futures = [(pair, _submit(pool, self._client_app, *pair)) for pair in self._with_contexts(messages)]
         for (message, context), future in futures:
@@ -138,36 +175,60 @@ class InProcessGrid(Grid):
                 answers.append(future.result())
             except BrokenProcessPool as error:
                 self._pool = None
-                answers.append((Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message), context.state))
+                failure = Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message)
+                answers.append(Answer(failure, context.state, os.getpid(), []))
         return answers
 
 
-def _submit(
-    pool: ProcessPoolExecutor, client_app: ClientApp, message: Message, context: Context
-) -> Future[tuple[Message, RecordDict]]:
+@span("engine.start")
+def _wait_for_start(pool: ProcessPoolExecutor) -> None:
+    """A profile should not show the imports of new processes as transport."""
+    with suppress(BrokenProcessPool):
+        pool.submit(_import_client).result()
+
+
+def _import_client() -> None:
+    importlib.import_module("client_app.app")
+
+
+def _submit(pool: ProcessPoolExecutor, client_app: ClientApp, message: Message, context: Context) -> Future[Answer]:
     """A worker may die while its batch is still being handed out; then the rest fails like what it held."""
     try:
-        return pool.submit(_answer, client_app, message, context)
+        work = _answer_and_record if is_recording() else _answer
+        return pool.submit(work, client_app, message, context)
     except BrokenProcessPool as error:
-        failed: Future[tuple[Message, RecordDict]] = Future()
+        failed: Future[Answer] = Future()
         failed.set_exception(error)
         return failed
 
 
-def _answer(client_app: ClientApp, message: Message, context: Context) -> tuple[Message, RecordDict]:
-    """The reply and the node's state after it."""
+def _answer(client_app: ClientApp, message: Message, context: Context) -> Answer:
+    """Let a node answer in this process."""
     try:
-        return client_app(message, context), context.state
+        reply = client_app(message, context)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message), context.state
+        reply = Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)
+    return Answer(reply, context.state, os.getpid(), [])
 
 
-def run_local(config: FrampConfig) -> RunFolder:
+def _answer_and_record(client_app: ClientApp, message: Message, context: Context) -> Answer:
+    """The same in a worker, whose spans come home with the reply."""
+    with recording() as marks:
+        answer = _answer(client_app, message, context)
+    cuda_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return answer._replace(marks=marks, cuda_bytes=cuda_bytes)
+
+
+def run_local(config: FrampConfig, profile: "Profile | None" = None) -> RunFolder:
     """Run a configuration in the in-process engine and return its run folder.
 
     With ``engine.workers`` other than 1, call it below ``if __name__ == "__main__":``; the workers are new processes
     that import the calling script.
+
+    Args:
+        config: of the run.
+        profile: takes what the worker processes recorded, within :func:`framp.profiling.profiling`.
 
     Raises:
         FrampError: see :func:`server_app.app.serve`.
@@ -179,4 +240,7 @@ def run_local(config: FrampConfig) -> RunFolder:
     load_partition(config, config.partition.nodes)
     workers = config.engine.workers or os.cpu_count() or 1
     with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers) as grid:
-        return serve(grid, config)
+        run = serve(grid, config)
+        if profile is not None:
+            profile.add_workers(grid.worker_marks, grid.worker_cuda_bytes)
+    return run

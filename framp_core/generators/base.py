@@ -1,6 +1,7 @@
 """The interface of all generators h(v; phi)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -70,17 +71,21 @@ class Generator(nn.Module, ABC):
             models: Tensor = self(descriptors)
         return models
 
-    def vjp(self, descriptors: Tensor, cotangents: Tensor) -> list[Tensor]:
+    def vjp(
+        self, descriptors: Tensor, cotangents: Tensor, parameters: Sequence[nn.Parameter] | None = None
+    ) -> list[Tensor]:
         """Vector-Jacobian product ``sum_i J_i^T u_i`` with ``J_i = d h(v_i; phi) / d phi``.
 
         Args:
             descriptors: ``(c, d)``.
             cotangents: u, ``(c, n)``.
+            parameters: those parts of phi that are asked for; None asks for ``list(self.parameters())``.
 
         Returns:
-            One tensor per entry of ``list(self.parameters())``, shaped like it.
+            One tensor per parameter, shaped like it.
         """
-        return list(torch.autograd.grad(self(descriptors), list(self.parameters()), cotangents))
+        asked = list(self.parameters() if parameters is None else parameters)
+        return list(torch.autograd.grad(self(descriptors), asked, cotangents))
 
 
 def uniform_by_fan_in(tensor: Tensor, fan_in: int, rng: torch.Generator) -> None:

@@ -1,5 +1,7 @@
 """The shared vector plus experts, of which each client gets the one that its descriptor is nearest to."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from sklearn.cluster import k_means
@@ -69,6 +71,19 @@ class Mixture(Generator):
         """Map ``(c, d)`` to ``(c, n)``."""
         personal = self.shares(descriptors) @ self.experts
         return self.theta_0 + F.pad(personal, (self.scope[0].offset, 0))
+
+    def vjp(
+        self, descriptors: Tensor, cotangents: Tensor, parameters: Sequence[nn.Parameter] | None = None
+    ) -> list[Tensor]:
+        """The generator is linear in its parameters, so that its product needs no forward pass."""
+        with torch.no_grad():
+            asked = self.parameters() if parameters is None else parameters
+            return [self._product(descriptors, cotangents, parameter) for parameter in asked]
+
+    def _product(self, descriptors: Tensor, cotangents: Tensor, parameter: nn.Parameter) -> Tensor:
+        if parameter is self.theta_0:
+            return cotangents.sum(dim=0)
+        return self.shares(descriptors).T @ cotangents[:, self.scope[0].offset :]
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The shared vector and the experts: both move like weights, by averaged deltas."""

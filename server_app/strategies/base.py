@@ -29,6 +29,7 @@ from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
+from framp_core.spans import span
 from server_app.recording import (
     accuracy_record,
     client_rows,
@@ -269,6 +270,7 @@ class SubmodelStrategy(Strategy):
             except FrampError as error:
                 refused.append(Refusal.of(reply.client, error))
             else:
+                reply.content.config_records["framp"].clear()  # Flower keeps the replies until the round has ended.
                 updates.append(update)
                 item = sent[reply.client]
                 rows.append(train_row(update, item.parts, parts, item.mask_alone))
@@ -366,7 +368,8 @@ class SubmodelStrategy(Strategy):
             return
         descriptors, clients = self.registry.state()
         state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
-        self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
+        with span("server.checkpoint"):
+            self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
 
     # Shared steps -----------------------------------------------------------------------------------------------
 
@@ -434,8 +437,10 @@ class SubmodelStrategy(Strategy):
         return ConfigRecord({"fingerprint": code_fingerprint(), "round": server_round, **values})
 
     def _cut(self, client: ClientRecord, server_round: int, *, evaluation: bool) -> Cut:
-        theta = self.generate(client, evaluation=evaluation)
-        mask = self.extract(theta, client, server_round)
+        with span("server.generate"):
+            theta = self.generate(client, evaluation=evaluation)
+        with span("server.mask"):
+            mask = self.extract(theta, client, server_round)
         return Cut(client, theta[mask], np.packbits(mask))
 
     def _renew_references(self, server_round: int, cuts: Sequence[Cut]) -> None:
@@ -462,6 +467,7 @@ class SubmodelStrategy(Strategy):
         message = Message(content, client.node_id, message_type, group_id=str(server_round))
         return Outgoing(message, client, cut.mask_bits, encoded.parts, mask_alone)
 
+    @span("server.encode")
     def _encode(self, cut: Cut, prototypes: Prototypes | None) -> tuple[Encoded, int]:
         """The message, and the bytes of its mask without a reference."""
         mask, values = _unpacked(cut.mask_bits, self.layout.size), self.config.wire.values
@@ -478,8 +484,11 @@ class SubmodelStrategy(Strategy):
             self.references.confirm(reply.client, held_reference(reply.content))
         for refusal in refused:
             self.references.forget(refusal.client)
+        for item in self._outbox:  # What it carried has arrived; all of them are as large as the updates to come.
+            item.message.content = RecordDict()
         return {item.client.name: item for item in self._outbox}, good, refused
 
+    @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
         try:
             blob = reply.content.config_records["framp"]["payload"]
@@ -497,6 +506,7 @@ class SubmodelStrategy(Strategy):
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts
 
+    @span("server.aggregate")
     def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:
         """Update the server's state; a round without enough valid replies, or with absurd ones, changes nothing."""
         try:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from framp_core.deltas import KeptDeltas
 from framp_core.descriptors import Standardiser, build_descriptor
 from framp_core.generators import Generator, build_generator
 from framp_core.prototypes import PrototypeBank, Prototypes
@@ -59,10 +60,11 @@ class FrampStrategy(SubmodelStrategy):
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """One step along the vector-Jacobian product, then the prototypes' moving average."""
+        masks = [update.mask for update in updates]
         metrics = self.generator_update.step(
             self.inputs([update.client for update in updates]),
-            [update.dense_delta() for update in updates],
-            [update.mask for update in updates],
+            KeptDeltas([update.delta for update in updates], masks),
+            masks,
             [update.examples for update in updates],
         )
         self.bank.update([update.prototypes for update in updates])

@@ -33,6 +33,15 @@ def test_run_prints_table_and_report(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_a_profile_is_printed(tmp_path: Path) -> None:
+    arguments = ["run", "--profile", "--trace", "--out", str(tmp_path / "run"), *options(tmp_path)]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    for word in ("generate", "transport", "aggregate", "wall-clock", "peak memory"):
+        assert word in result.output
+    assert (tmp_path / "run" / "trace.json").is_file()
+
+
 def test_report_can_be_made_again(tmp_path: Path) -> None:
     runner.invoke(cli.app, ["run", "--out", str(tmp_path / "run"), *options(tmp_path)])
     (tmp_path / "run" / "report.html").unlink()
@@ -82,6 +91,8 @@ def test_the_run_folder_may_come_from_the_configuration(tmp_path: Path) -> None:
         (["run", "-o", "data.name=image-folder"], "data.root"),
         (["run", "-o", "data.name=image-folder", "-o", "data.root=missing"], "missing"),
         (["report", "no-such-folder"], "no-such-folder"),
+        (["run", "--trace"], "--profile"),
+        (["run", "--profile", "--engine", "flower"], "in-process engine"),
     ],
 )
 def test_mistakes_are_explained_and_the_exit_status_says_so(

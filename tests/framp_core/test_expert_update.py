@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from framp_core.config import GeneratorConfig, ModelConfig, ServerConfig
+from framp_core.deltas import KeptDeltas
 from framp_core.errors import ModelError
 from framp_core.expert_update import SMOOTHING, ExpertUpdate
-from framp_core.generators import Mixture, build_generator
+from framp_core.generators import Generator, Mixture, build_generator
 from framp_core.layout import ParameterLayout
 from framp_core.models import build_model, initial_parameters
 from framp_core.server_update import GeneratorUpdate
@@ -141,3 +142,27 @@ def test_a_network_without_a_head_is_told_to_take_experts_of_everything() -> Non
     layout = ParameterLayout.of(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(ModelError, match="expert-scope='all'"):
         build_generator(GeneratorConfig(name="mixture"), layout, 4, torch.zeros(layout.size), 0)
+
+
+@pytest.mark.parametrize("weighting", ["coverage", "examples"])
+def test_deltas_that_are_made_dense_when_needed_give_the_same_step(weighting: str) -> None:
+    descriptors, deltas, masks = cohort([0, 0, 1, 2], 2.0, seed=0)
+    generators = [mixture(), mixture()]
+    kept = KeptDeltas([delta[mask] for delta, mask in zip(deltas, masks, strict=True)], masks)
+    for generator, given in zip(generators, (deltas, kept), strict=True):
+        GeneratorUpdate(generator, ServerConfig(weighting=weighting, **PLAIN)).step(descriptors, given, masks, [1] * 4)
+    assert torch.equal(generators[0].theta_0, generators[1].theta_0)
+    assert torch.equal(generators[0].experts, generators[1].experts)
+    assert generators[0].experts.count_nonzero()
+    assert np.array_equal(np.stack(list(kept[1:])), np.stack(deltas[1:]))
+
+
+def test_the_product_without_a_forward_pass_is_autograds_bit_for_bit() -> None:
+    descriptors, deltas, _ = cohort([0, 0, 1, 2, 1], 2.0, seed=1)
+    generator, cotangents = mixture(), torch.from_numpy(np.stack(deltas))
+    with torch.no_grad():
+        generator.experts.normal_(generator=torch.Generator().manual_seed(0))
+    expected = Generator.vjp(generator, descriptors, cotangents)
+    for given, wanted in zip(generator.vjp(descriptors, cotangents), expected, strict=True):
+        assert torch.equal(given, wanted)
+    assert torch.equal(generator.vjp(descriptors, cotangents, [generator.theta_0])[0], expected[0])
