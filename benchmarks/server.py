@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, Scalar]] = {
 }
 """``dense`` would have 1.4 billion parameters at ResNet-18 size and is refused."""
 RETURNED = ("modulated", "mixture")
+RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 PARTS = ("server.generate", "server.mask", "server.encode", "server.decode", "server.aggregate")
 REGISTRY: dict[str, Scalar] = {"model.name": "conv", "model.widths": "32,64", "server.clients-per-round": 100}
 
@@ -236,7 +237,7 @@ def measure_registry(nodes: int, repetitions: int) -> dict[str, Any]:
 def measure_client(repetitions: int) -> Spread:
     """Seconds of one local step of ResNet-18 on one core."""
     torch.set_num_threads(1)
-    config = FrampConfig.load(PRESET, {"data.root": "none", "local.device": "cpu"})
+    config = FrampConfig.load(PRESET, {"data.root": str(PRESET.parent / "none"), "local.device": "cpu"})
     network = build_model(config.model, SHAPE, CLASSES)
     model, theta = FlatModel(network), initial_parameters(network, 0).numpy()
     rng = np.random.default_rng(0)
@@ -313,16 +314,25 @@ def main() -> None:
         )
         print(json.dumps(row, default=vars))
         return
-    generators = [in_new_process("generator", variant, given.repetitions) for variant in VARIANTS]
-    for variant in RETURNED:
-        row = in_new_process("generator", variant, given.repetitions, MALLOC_MMAP_THRESHOLD_="1048576")
-        generators.append({**row, "generator": f"{variant}, memory returned"})
-    registered = [in_new_process("registry", str(nodes), given.repetitions) for nodes in (1_000, 10_000)]
     step = measure_client(given.repetitions)
+    generators: list[dict[str, Any]] = []
+    registered: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        """After every row, so that a late failure loses none."""
+        write_result(given.out, given.repetitions, step_seconds=step, generators=generators, registered=registered)
+
+    for nodes in (1_000, 10_000):
+        registered.append(in_new_process("registry", str(nodes), given.repetitions))
+        keep()
+    for variant, environment in [*((name, {}) for name in VARIANTS), *((name, RETURNED_MEMORY) for name in RETURNED)]:
+        row = in_new_process("generator", variant, given.repetitions, **environment)
+        generators.append({**row, "generator": f"{variant}, memory returned" if environment else variant})
+        keep()
     console = Console(width=200)
     for table in (generator_table(generators, step), registry_table(registered)):
         console.print(table)
-    write_result(given.out, given.repetitions, step_seconds=step, generators=generators, registered=registered)
+    keep()
 
 
 if __name__ == "__main__":
