@@ -6,6 +6,13 @@ from typing import overload
 import numpy as np
 
 
+def dense(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Spread the values at the kept positions over all n, float32 ``(n,)``, zero where nothing was kept."""
+    spread = np.zeros(mask.shape, dtype=np.float32)
+    spread[mask] = kept
+    return spread
+
+
 class KeptDeltas(Sequence[np.ndarray]):
     """A sequence of dense deltas, float32 ``(n,)`` and zero outside the mask, each made when it is asked for.
 
@@ -28,9 +35,7 @@ class KeptDeltas(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> "np.ndarray | KeptDeltas":
         if isinstance(index, slice):
             return KeptDeltas(self._kept[index], self._masks[index])
-        dense = np.zeros(self._masks[index].shape, dtype=np.float32)
-        dense[self._masks[index]] = self._kept[index]
-        return dense
+        return dense(self._kept[index], self._masks[index])
 
     def columns(self, where: slice) -> np.ndarray:
         """A part of all deltas, float32 ``(len(self), where.stop - where.start)``."""

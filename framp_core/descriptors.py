@@ -290,11 +290,10 @@ def build_descriptor(config: FrampConfig, shape: tuple[int, ...], classes: int) 
         return HistogramDescriptor(classes)
     if name == "warmup":
         return WarmupDescriptor(config, shape, classes, seed)
-    if len(shape) == 1:
-        encoder: nn.Module = NodeEncoder(shape[0], width, config.graph.hops, seed)
-        return (ClassMomentsDescriptor if name == "class-moments" else GraphMomentsDescriptor)(encoder, classes, width)
-    encoder = ImageEncoder(shape[0], width, seed)
-    return (ClassMomentsDescriptor if name == "class-moments" else MomentsDescriptor)(encoder, classes, width)
+    graph = len(shape) == 1
+    encoder = NodeEncoder(shape[0], width, config.graph.hops, seed) if graph else ImageEncoder(shape[0], width, seed)
+    moments = GraphMomentsDescriptor if graph else MomentsDescriptor
+    return (ClassMomentsDescriptor if name == "class-moments" else moments)(encoder, classes, width)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

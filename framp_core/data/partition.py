@@ -65,7 +65,7 @@ class Partition:
     Attributes:
         clients: in order of their index; those of role ``train`` come first.
         data_digest: SHA-256 of the labels of both pools of images (int64, little endian, train first), or of a graph's
-            edges and labels.
+            edges, labels and features.
         seed: root seed that it was made with.
         settings: the configuration sections ``partition`` and ``capacity`` that it was made with.
     """

@@ -18,6 +18,7 @@ from framp_core.checkpoints import Checkpoint
 from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
+from framp_core.deltas import dense
 from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError, ResumeError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
@@ -74,9 +75,7 @@ class ClientUpdate:
 
     def dense_delta(self) -> np.ndarray:
         """Delta over all n positions, zero where nothing was kept."""
-        dense = np.zeros(self.mask.shape, dtype=np.float32)
-        dense[self.mask] = self.delta
-        return dense
+        return dense(self.delta, self.mask)
 
 
 @dataclass(frozen=True)
