@@ -6,20 +6,23 @@ and an exception would lose its traceback on the way. Errors travel as content, 
 
 import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app.client import Client, Instruction
+from client_app.client import Assignment, Client, Instruction
 from client_app.held_reference import HeldReference
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
+from framp_core.local_training import LocalResult, train_locally
 from framp_core.spans import span
 from framp_core.threads import torch_threads
 
 app = ClientApp()
 
 Handler = Callable[[Instruction, Client], RecordDict]
+T = TypeVar("T")
 
 
 def check_fingerprint(expected: str) -> None:
@@ -39,16 +42,33 @@ def check_fingerprint(expected: str) -> None:
 @span("client.other")
 def answer(handler: Handler, message: Message, context: Context) -> Message:
     """Run ``handler`` and wrap its result, or the error it raised, in a reply."""
-    try:
-        instruction = Instruction.read(message.content)
-        check_fingerprint(instruction.fingerprint)
-        held = HeldReference(context.state)
-        client = Client.of(context.run_config, context.node_config, instruction.overrides, held)
+
+    def content() -> RecordDict:
+        instruction, client = open_message(message, context)
         with torch_threads(client.config.local.threads):
-            content = handler(instruction, client)
+            return handler(instruction, client)
+
+    return Message(content_or_error(content), reply_to=message)
+
+
+def open_message(message: Message, context: Context) -> tuple[Instruction, Client]:
+    """What the server asks for, and the client that is asked.
+
+    Raises:
+        FrampError: the message, the code or the client's data are not as they should be.
+    """
+    instruction = Instruction.read(message.content)
+    check_fingerprint(instruction.fingerprint)
+    held = HeldReference(context.state)
+    return instruction, Client.of(context.run_config, context.node_config, instruction.overrides, held)
+
+
+def content_or_error(content: Callable[[], T]) -> T | RecordDict:
+    """What ``content`` returns; or, as a reply's content, the error it raised."""
+    try:
+        return content()
     except Exception as error:
-        content = RecordDict({"error": _describe_error(error)})
-    return Message(content, reply_to=message)
+        return RecordDict({"error": _describe_error(error)})
 
 
 def _describe_error(error: Exception) -> ConfigRecord:
@@ -70,7 +90,13 @@ def describe_client(instruction: Instruction, client: Client) -> RecordDict:
 
 def train_client(instruction: Instruction, client: Client) -> RecordDict:
     """Local training of the submodel in the message."""
-    blob, metrics = client.train(instruction.payload, instruction.server_round)
+    given = client.assignment(instruction.payload, instruction.server_round)
+    return update_content(client, given, train_locally(given.model, *given.task))
+
+
+def update_content(client: Client, given: Assignment, result: LocalResult) -> RecordDict:
+    """Content of the reply to a train message."""
+    blob, metrics = client.update(given, result)
     return RecordDict({"framp": _framp(client, payload=blob), "metrics": MetricRecord(metrics)})
 
 

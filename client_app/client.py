@@ -11,13 +11,15 @@ from flwr.app import ConfigRecord, ConfigRecordValues, MetricRecordValues, Recor
 
 from client_app.held_reference import HeldReference
 from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
-from framp_core.config import FrampConfig, ModelConfig
+from framp_core.config import FrampConfig, LocalConfig, ModelConfig
 from framp_core.config_values import Scalar, parse_capacity
 from framp_core.data import ClientData, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError
 from framp_core.layout import ParameterLayout
 from framp_core.local_training import (
+    LocalResult,
+    LocalTask,
     client_prototypes,
     evaluate,
     log_prior,
@@ -79,14 +81,10 @@ class Instruction:
 
 @lru_cache(maxsize=4)
 def _flat_model(
-    config: ModelConfig,
-    shape: tuple[int, ...],
-    classes: int,
-    device: torch.device,
-    kept: tuple[int, ...] | None = None,
+    config: ModelConfig, local: LocalConfig, shape: tuple[int, ...], classes: int, kept: tuple[int, ...] | None = None
 ) -> FlatModel:
     """One network per process and size: every message overwrites all of its parameters."""
-    return FlatModel(build_model(config, shape, classes, kept), device)
+    return FlatModel(build_model(config, shape, classes, kept), resolve_device(local.device), local.precision)
 
 
 @lru_cache(maxsize=2)
@@ -94,6 +92,25 @@ def _full_layout(config: ModelConfig, shape: tuple[int, ...], classes: int) -> P
     """Layout of the full model, of which a client with a slim network allocates nothing."""
     with torch.device("meta"):
         return ParameterLayout.of(build_model(config, shape, classes))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A training that a server asked for.
+
+    Attributes:
+        model: the network to train, shared by all clients of the process.
+        task: what to train.
+        mask: kept positions, bool ``(n,)``.
+        slim: whether the network is a physically smaller one.
+        server_round: the round.
+    """
+
+    model: FlatModel
+    task: LocalTask
+    mask: np.ndarray
+    slim: bool
+    server_round: int
 
 
 @dataclass(frozen=True)
@@ -146,8 +163,7 @@ class Client:
     @cached_property
     def model(self) -> FlatModel:
         """The process's network of this architecture."""
-        device = resolve_device(self.config.local.device)
-        return _flat_model(self.config.model, self.data.shape, self.data.classes, device)
+        return _flat_model(self.config.model, self.config.local, self.data.shape, self.data.classes)
 
     def card(self) -> dict[str, ConfigRecordValues]:
         """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
@@ -168,19 +184,24 @@ class Client:
         vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
         return encode_descriptor(vector).blob
 
-    def train(self, payload: bytes, server_round: int) -> tuple[bytes, dict[str, MetricRecordValues]]:
-        """Train the submodel in ``payload``; return the encoded update and the metrics."""
+    def assignment(self, payload: bytes, server_round: int) -> "Assignment":
+        """Read the submodel in ``payload`` and what is to be done with it."""
         model, submodel = self._read(payload)
         rng = stream(self.config.seed, "local-training", self.data.name, server_round)
-        result = train_locally(model, submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
+        task = LocalTask(submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
+        return Assignment(model, task, submodel.mask, is_slim(payload), server_round)
+
+    def update(self, given: "Assignment", result: LocalResult) -> tuple[bytes, dict[str, MetricRecordValues]]:
+        """The encoded update that a training came to, and the metrics."""
+        given.model.load(result.weights)
         with span("client.encode"):
             update = encode_update(
-                result.delta[submodel.mask],
-                held_classes(self.data.class_counts()) if is_slim(payload) else self._prototypes(model),
-                model.layout,
-                submodel.mask,
+                result.delta[given.mask],
+                held_classes(self.data.class_counts()) if given.slim else self._prototypes(given.model),
+                given.model.layout,
+                given.mask,
                 self.config.wire.values,
-                stream(self.config.seed, "update-rounding", self.data.name, server_round),
+                stream(self.config.seed, "update-rounding", self.data.name, given.server_round),
             )
         return update.blob, {"loss": result.loss, "examples": result.examples, "steps": result.steps}
 
@@ -232,7 +253,7 @@ class Client:
         layout = _full_layout(config, shape, classes)
         slim = decode_slim(payload, layout, capacity)
         kept = slim_widths(config.widths, layout, capacity)
-        model = _flat_model(config, shape, classes, resolve_device(self.config.local.device), kept)
+        model = _flat_model(config, self.config.local, shape, classes, kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 
     @span("client.evaluate")

@@ -302,6 +302,9 @@ class LocalConfig(_Section):
     distillation_weight: float = Field(
         0.0, ge=0, description="ScaleFL: gamma of the distillation from the deepest exit into the earlier ones; 0: off"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of convolutions and matrix products; weights and gradients stay float32"
+    )
     threads: int = Field(1, ge=1, description="torch threads per client; part of the numbers, not of the machine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -375,9 +378,17 @@ class WireConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """Worker processes of the in-process engine, or Ray's client actors; they never change the numbers."""
+    """How the in-process engine spreads the clients of a round, ``workers`` also for Ray's client actors.
 
-    workers: int = Field(1, ge=0, description="processes; 1: in this process, 0: one per core")
+    The number of workers never changes the numbers. A cohort changes the order of additions, that is the last bits.
+    """
+
+    workers: int = Field(
+        1, ge=0, description="processes; 1: in this process, 0: as many as the cores have room for, 1 on a GPU"
+    )
+    cohort: int = Field(
+        1, ge=0, description="clients that train as one program; 1: one by one, 0: as a short measurement says"
+    )
 
 
 class OutputConfig(_Section):

@@ -1,9 +1,10 @@
 """What a client computes: training of its submodel, clean-pass prototypes, accuracy."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 from framp_core.config import FrampConfig, LocalConfig
 from framp_core.data.examples import ClientData, Examples
 from framp_core.errors import ConfigError, ModelError
+from framp_core.graph_batch import Inputs
 from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
 from framp_core.masking import extract
-from framp_core.models import FlatModel
+from framp_core.models import FlatModel, FlatParameters
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 from framp_core.spans import span
 
@@ -33,12 +35,15 @@ class LocalResult:
         loss: mean over the steps of the training loss, all terms included.
         examples: number of the client's training examples.
         steps: number of steps taken.
+        weights: the trained weights, ``(n,)`` on the network's device; the network's own memory, so use them before it
+            trains or evaluates something else.
     """
 
     delta: np.ndarray
     loss: float
     examples: int
     steps: int
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,11 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return DISTILLATION_TEMPERATURE**2 * F.kl_div(softened, target, reduction="none", log_target=True).mean()
 
 
-class _Objective:
-    """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)``.
+class Objective:
+    """Local loss ``CE(logits + tau * log_prior, y) + lambda * alignment(features, y)`` of one client.
+
+    The logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") has the client's own
+    class prior; the second term is :func:`framp_core.prototypes.alignment_loss`.
 
     With ``masked_cross_entropy`` the logits of the classes that the client has no example of are 0 before the rest
     (HeteroFL, Diao et al. 2021): they still count in the softmax, and get no gradient.
@@ -112,6 +120,10 @@ class _Objective:
     In a network of m exits the cross-entropy is the mean over exits j = 1..m with weights j / (m (m + 1) / 2) of
     ``CE_j + gamma * distillation_loss(z_j, z_m)``, the latter for j < m, where gamma is ``distillation_weight`` and z_j
     are the logits of exit j as they come (ScaleFL, Ilhan et al. 2023).
+
+    Attributes:
+        state: the client's tensors by name: ``offset`` ``(C,)``, ``absent`` ``(C,)`` with a masked cross-entropy, and
+            ``means`` ``(C, f)`` and ``present`` ``(C,)`` where features are aligned.
     """
 
     def __init__(
@@ -119,31 +131,51 @@ class _Objective:
     ) -> None:
         self.config = config
         prior = log_prior(data.class_counts(), config.absent_class_prior)
-        self.offset = (config.prior_strength * prior).to(device)
-        self.absent = torch.from_numpy(data.class_counts() == 0).to(device) if config.masked_cross_entropy else None
-        self.targets: tuple[Tensor, Tensor] | None = None
+        state = {"offset": config.prior_strength * prior}
+        if config.masked_cross_entropy:
+            state["absent"] = torch.from_numpy(data.class_counts() == 0)
         if prototypes is not None and config.alignment_weight > 0:
-            means, present = prototypes.dense(data.classes)
-            self.targets = torch.from_numpy(means).to(device), torch.from_numpy(present).to(device)
+            state["means"], state["present"] = map(torch.from_numpy, prototypes.dense(data.classes))
+        self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
-    def __call__(self, exits: Sequence[Tensor], features: Tensor, labels: Tensor) -> Tensor:
-        losses = [self._of_exit(logits, exits[-1], labels) for logits in exits]
+    def __call__(
+        self, state: Mapping[str, Tensor], exits: Sequence[Tensor], features: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The loss, a scalar, of a batch; ``state`` may be another client's of the same configuration."""
+        losses = [self._of_exit(state, logits, exits[-1], labels) for logits in exits]
         weighted = torch.stack([depth * loss for depth, loss in enumerate(losses, start=1)])
         loss = weighted.sum() / (len(exits) * (len(exits) + 1) / 2)
-        if self.targets is not None:
-            alignment = alignment_loss(features, labels, *self.targets, self.config.alignment_distance)
+        if "means" in state:
+            distance = self.config.alignment_distance
+            alignment = alignment_loss(features, labels, state["means"], state["present"], distance)
             loss = loss + self.config.alignment_weight * alignment
         return loss
 
-    def _of_exit(self, logits: Tensor, deepest: Tensor, labels: Tensor) -> Tensor:
-        masked = logits if self.absent is None else logits.masked_fill(self.absent, 0.0)
-        loss = F.cross_entropy(masked + self.offset, labels)
+    def _of_exit(self, state: Mapping[str, Tensor], logits: Tensor, deepest: Tensor, labels: Tensor) -> Tensor:
+        masked = logits.masked_fill(state["absent"], 0.0) if "absent" in state else logits
+        loss = F.cross_entropy(masked + state["offset"], labels)
         if logits is not deepest and self.config.distillation_weight > 0:
             loss = loss + self.config.distillation_weight * distillation_loss(logits, deepest)
         return loss
 
 
-@span("client.train")
+class LocalTask(NamedTuple):
+    """What one client trains: the arguments of :func:`train_locally` besides the network."""
+
+    values: np.ndarray
+    mask: np.ndarray | None
+    data: ClientData
+    config: FrampConfig
+    rng: np.random.Generator
+    prototypes: Prototypes | None
+    steps: int | None = None
+
+    @property
+    def number_of_steps(self) -> int:
+        """``steps``, or those of the configuration."""
+        return self.steps or self.config.local.steps
+
+
 def train_locally(
     model: FlatModel,
     values: np.ndarray,
@@ -154,16 +186,13 @@ def train_locally(
     prototypes: Prototypes | None,
     steps: int | None = None,
 ) -> LocalResult:
-    """Train a submodel on the kept weights; the trained weights stay in ``model``.
+    """Train a submodel on the kept weights by the loss of :class:`Objective`; the trained weights stay in ``model``.
 
-    The loss is ``CE(f(x) + tau * log_prior, y) + lambda * mean d(features(x), p_y)``: the
-    logit-adjusted cross-entropy (Menon et al. 2021, "Long-tail learning via logit adjustment") with the client's own
-    class prior, and :func:`framp_core.prototypes.alignment_loss`. Dropped weights are zero, get no gradient and stay
-    zero, also under momentum and weight decay. ``local.masked_cross_entropy`` is HeteroFL's loss,
-    ``local.distillation_weight`` ScaleFL's distillation between the exits of a network that has several;
-    ``local.nested_share`` trains nested smaller sizes too (:mod:`framp_core.local_weights`), and
-    ``local.threshold_gradient`` is FIARSE's gradient, under which a kept weight that falls below the round's
-    threshold is left out of ``model`` and yet keeps its value in the delta.
+    Dropped weights are zero, get no gradient and stay zero, also under momentum and weight decay.
+    ``local.masked_cross_entropy`` is HeteroFL's loss, ``local.distillation_weight`` ScaleFL's distillation between the
+    exits of a network that has several; ``local.nested_share`` trains nested smaller sizes too
+    (:mod:`framp_core.local_weights`), and ``local.threshold_gradient`` is FIARSE's gradient, under which a kept weight
+    that falls below the round's threshold is left out of ``model`` and yet keeps its value in the delta.
 
     Args:
         model: the network to train; all of its parameters are overwritten.
@@ -178,52 +207,101 @@ def train_locally(
     Raises:
         ModelError: the loss or a weight became NaN or infinite.
     """
-    local, device = config.local, model.flat.device
-    start = torch.tensor(values if mask is None else values * mask, device=device)
-    weights = _trained_weights(model, start, mask, data, config, rng)
-    objective = _Objective(local, data, prototypes, device)
-    optimizer = _optimizer(weights.latent, local)
-    losses = []
-    with _training_mode(model.model, config.model.dropout, rng, device):
-        for inputs, labels in data.train.training_batches(config, steps or local.steps, rng, device):
-            weights.show()
-            model.flat_gradient.zero_()
-            loss = objective(*model.all_exits(inputs), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            weights.pull_back()
+    task = LocalTask(values, mask, data, config, rng, prototypes, steps)
+    (result,) = train_side_by_side(_OneNetwork(model), [task])
+    if isinstance(result, ModelError):
+        raise result
+    return result
+
+
+class Networks(ABC):
+    """Networks of one architecture that train side by side, a client each.
+
+    Attributes:
+        rows: the flat parameters of each.
+    """
+
+    rows: Sequence[FlatParameters]
+
+    @abstractmethod
+    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+        """The loss ``(K,)`` of each client's batch; the gradient of their sum is that of each."""
+
+    @abstractmethod
+    def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
+        """Around the steps of a training."""
+
+
+class _OneNetwork(Networks):
+    def __init__(self, model: FlatModel) -> None:
+        self.model, self.rows = model, [model]
+
+    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+        (objective,), ((inputs, labels),) = objectives, batches
+        return objective(objective.state, *self.model.all_exits(inputs), labels)[None]
+
+    def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
+        (task,) = tasks
+        return _training_mode(self.model.model, task.config.model.dropout, task.rng, self.model.flat.device)
+
+
+@span("client.train")
+def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[LocalResult | ModelError]:
+    """The loop of local training, for clients of one ``config.local`` and one number of steps.
+
+    Returns:
+        For each client its result, or the error of a training that diverged, which stops no other client.
+    """
+    rows, config, device = networks.rows, tasks[0].config, networks.rows[0].flat.device
+    starts = [_start(task, device) for task in tasks]
+    weights = [_trained_weights(*each) for each in zip(rows, starts, tasks, strict=True)]
+    objectives = [Objective(config.local, task.data, task.prototypes, device) for task in tasks]
+    optimizer = _optimizer([each.latent for each in weights], config.local)
+    history = []
+    with networks.training(tasks):
+        for batches in zip(*(_batches(task, device) for task in tasks), strict=True):
+            for each in weights:
+                each.show()
+                each.model.flat_gradient.zero_()
+            losses = networks.losses(objectives, batches)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            for each in weights:
+                each.pull_back()
             optimizer.step()
-            losses.append(loss.detach())
-    weights.finish()
-    delta, history = weights.latent.detach() - start, torch.stack(losses)
-    _require_finite(delta, history, data.name, local)
-    return LocalResult(delta.cpu().numpy(), float(history.mean()), len(data.train), len(losses))
+            history.append(losses.detach())
+    for each in weights:
+        each.finish()
+    outcomes = zip(rows, weights, starts, torch.stack(history, dim=1), tasks, strict=True)
+    return [_result(row, each.latent.detach() - start, own, task) for row, each, start, own, task in outcomes]
 
 
-def _trained_weights(
-    model: FlatModel,
-    start: Tensor,
-    mask: np.ndarray | None,
-    data: ClientData,
-    config: FrampConfig,
-    rng: np.random.Generator,
-) -> KeptWeights:
-    local = config.local
+def _start(task: LocalTask, device: torch.device) -> Tensor:
+    return torch.tensor(task.values if task.mask is None else task.values * task.mask, device=device)
+
+
+def _batches(task: LocalTask, device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+    return task.data.train.training_batches(task.config, task.number_of_steps, task.rng, device)
+
+
+def _trained_weights(row: FlatParameters, start: Tensor, task: LocalTask) -> KeptWeights:
+    mask, config, local = task.mask, task.config, task.config.local
     kept = torch.ones_like(start) if mask is None else torch.tensor(mask, device=start.device)
     if local.threshold_gradient:
-        return ThresholdedWeights(model, start, kept)
+        return ThresholdedWeights(row, start, kept)
     if mask is None or local.nested_share == 0:
-        return KeptWeights(model, start, kept)
-    theta, sizes = start.cpu().numpy(), [size for size in config.capacity.sizes if size < data.capacity]
+        return KeptWeights(row, start, kept)
+    theta, sizes = start.cpu().numpy(), [size for size in config.capacity.sizes if size < task.data.capacity]
     # Rounded shares of layers, or weights that int8 made zero, could else put a smaller mask outside the own one.
-    smaller = [extract(theta, model.layout, config.extraction, size) & mask for size in sizes]
+    smaller = [extract(theta, row.layout, config.extraction, size) & mask for size in sizes]
     # A child stream: with or without nested steps, the batches are the same.
-    return NestedWeights(model, start, kept, smaller, local.nested_share, rng.spawn(1)[0])
+    return NestedWeights(row, start, kept, smaller, local.nested_share, task.rng.spawn(1)[0])
 
 
-def _optimizer(latent: nn.Parameter, local: LocalConfig) -> torch.optim.Optimizer:
+def _optimizer(latent: Sequence[nn.Parameter], local: LocalConfig) -> torch.optim.Optimizer:
+    rate, decay, together = local.learning_rate, local.weight_decay, len(latent) > 1
     if local.optimizer == "adam":
-        return torch.optim.Adam([latent], lr=local.learning_rate, weight_decay=local.weight_decay)
-    return torch.optim.SGD([latent], lr=local.learning_rate, momentum=local.momentum, weight_decay=local.weight_decay)
+        return torch.optim.Adam(latent, lr=rate, weight_decay=decay, foreach=together)
+    return torch.optim.SGD(latent, lr=rate, weight_decay=decay, momentum=local.momentum, foreach=together)
 
 
 @contextmanager
@@ -241,16 +319,18 @@ def _training_mode(
         network.eval()
 
 
-def _require_finite(delta: Tensor, losses: Tensor, client: str, config: LocalConfig) -> None:
-    """Look once, after the last step: a look at each step would make a GPU wait."""
+def _result(row: FlatParameters, delta: Tensor, losses: Tensor, task: LocalTask) -> LocalResult | ModelError:
+    """Look once, after the last step, for what is not finite: a look at each step would make a GPU wait."""
+    local = task.config.local
     if bool(losses.isfinite().all()) and bool(delta.isfinite().all()):
-        return
+        weights = row.flat.detach()
+        return LocalResult(delta.cpu().numpy(), float(losses.mean()), len(task.data.train), len(losses), weights)
     bad = (~losses.isfinite()).nonzero()
     step = int(bad[0]) + 1 if len(bad) else len(losses)
-    raise ModelError(
-        f"training of {client} diverged: NaN or infinity at step {step} of {len(losses)} with "
-        f"local.learning-rate={config.learning_rate:g}, local.momentum={config.momentum:g} and "
-        f"local.alignment-weight={config.alignment_weight:g}; lower the learning rate first"
+    return ModelError(
+        f"training of {task.data.name} diverged: NaN or infinity at step {step} of {len(losses)} with "
+        f"local.learning-rate={local.learning_rate:g}, local.momentum={local.momentum:g} and "
+        f"local.alignment-weight={local.alignment_weight:g}; lower the learning rate first"
     )
 
 

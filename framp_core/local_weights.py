@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from framp_core.models import FlatModel
+from framp_core.models import FlatParameters
 
 
 class KeptWeights:
@@ -16,7 +16,7 @@ class KeptWeights:
         latent: what the optimizer moves, ``(n,)``; its gradient is the network's flat gradient.
     """
 
-    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         model.load(start)
         self.model, self.kept = model, kept
         self.latent = model.flat
@@ -36,7 +36,7 @@ class KeptWeights:
 class _LatentWeights(KeptWeights):
     """Base of those whose network runs something else than the optimizer moves."""
 
-    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
         self.latent = nn.Parameter(start.clone())
         self.latent.grad = model.flat_gradient
@@ -56,7 +56,7 @@ class ThresholdedWeights(_LatentWeights):
     weight that dropped out keeps its value.
     """
 
-    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
         self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
         self.threshold = torch.where(self.ranked, start.abs(), torch.inf).min()
@@ -97,7 +97,7 @@ class NestedWeights(_LatentWeights):
 
     def __init__(
         self,
-        model: FlatModel,
+        model: FlatParameters,
         start: Tensor,
         kept: Tensor,
         smaller: Sequence[np.ndarray],

@@ -18,6 +18,7 @@ from framp_core.graph_batch import GraphBatch, Inputs
 from framp_core.layout import CLASSES, INPUT, Coupling, ParameterLayout, ParameterSlot
 from framp_core.randomness import stream
 
+PrecisionName = Literal["float32", "bfloat16"]
 Norm = Callable[[int], nn.Module]
 """Builds the normalisation of a layer from its number of channels."""
 
@@ -369,28 +370,18 @@ def _layer_of(slot: ParameterSlot) -> str:
     return slot.name.rpartition(".")[0]
 
 
-class FlatModel:
-    """A network whose parameters and gradients are views of two flat vectors.
-
-    Writing ``flat`` changes the network, and ``backward`` fills ``flat_gradient``; masking a submodel is then one
-    multiplication, and neither the network nor autograd knows of it. The network is in eval mode: who wants its dropout
-    says ``model.train()`` for the time.
+class FlatParameters:
+    """Parameters and gradient of a network as two flat vectors.
 
     Attributes:
-        model: the network.
         layout: description of ``flat``.
         flat: parameters ``(n,)``; a leaf whose ``grad`` is the flat gradient, fit for ``torch.optim``.
     """
 
-    def __init__(self, model: FeaturesAndHead, device: torch.device | str = "cpu") -> None:
-        self.model = model.to(device).eval()
-        self.layout = ParameterLayout.of(model)
-        self.flat = nn.Parameter(torch.zeros(self.layout.size, device=device))
-        self.flat.grad = torch.zeros_like(self.flat)
-        values, gradients = self.layout.split(self.flat.data), self.layout.split(self.flat.grad)
-        for parameter, value, gradient in zip(model.parameters(), values, gradients, strict=True):
-            parameter.data = value.view(parameter.shape)
-            parameter.grad = gradient.view(parameter.shape)
+    def __init__(self, layout: ParameterLayout, values: Tensor, gradient: Tensor) -> None:
+        self.layout = layout
+        self.flat = nn.Parameter(values)
+        self.flat.grad = gradient
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -399,15 +390,50 @@ class FlatModel:
         return self.flat.grad
 
     def load(self, parameters: Tensor) -> None:
-        """Copy a vector ``(n,)`` into the network."""
+        """Take over the values of a vector ``(n,)``."""
         with torch.no_grad():
             self.flat.copy_(parameters)
 
+
+class FlatModel(FlatParameters):
+    """A network whose parameters and gradients are views of two flat vectors.
+
+    Writing ``flat`` changes the network, and ``backward`` fills ``flat_gradient``; masking a submodel is then one
+    multiplication, and neither the network nor autograd knows of it. The network is in eval mode: who wants its dropout
+    says ``model.train()`` for the time.
+
+    Args:
+        model: the network.
+        device: where it goes.
+        precision: of convolutions and matrix products, forward and backward; parameters, gradients, logits and features
+            are float32 in either (``torch.autocast``).
+    """
+
+    def __init__(
+        self, model: FeaturesAndHead, device: torch.device | str = "cpu", precision: PrecisionName = "float32"
+    ) -> None:
+        self.model = model.to(device).eval()
+        layout = ParameterLayout.of(model)
+        zeros = torch.zeros(layout.size, device=device)
+        super().__init__(layout, zeros, torch.zeros_like(zeros))
+        self.precision: PrecisionName = precision
+        values, gradients = layout.split(self.flat.data), layout.split(self.flat_gradient)
+        for parameter, value, gradient in zip(model.parameters(), values, gradients, strict=True):
+            parameter.data = value.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Logits of the head and penultimate features of a batch."""
-        logits, features = self.model(inputs)
-        return logits, features
+        with self.autocast():
+            logits, features = self.model(inputs)
+        return logits.float(), features.float()
 
     def all_exits(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         """Logits of every exit, the head's last, and penultimate features of a batch."""
-        return self.model.all_exits(inputs)
+        with self.autocast():
+            exits, features = self.model.all_exits(inputs)
+        return [logits.float() for logits in exits], features.float()
+
+    def autocast(self) -> torch.autocast:
+        """Around the layers: convolutions and matrix products in bfloat16 if ``precision`` says so."""
+        return torch.autocast(self.flat.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

@@ -4,19 +4,21 @@ import importlib
 import multiprocessing
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from framp.engines.calibration import settle_engine
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_partition
@@ -32,19 +34,26 @@ _FIRST_NODE_ID = 1000
 _SERVER_NODE_ID = 1
 
 
+Exchange = tuple[Message, Context]
+"""A message, and the context of the node that it is for."""
+
+Together = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+"""Answers several train messages at once."""
+
+
 class Answer(NamedTuple):
-    """What comes back from a node.
+    """What comes back from the nodes whose messages one process answered at a time.
 
     Attributes:
-        reply: to the message.
-        state: of the node after it.
+        replies: to the messages.
+        states: of the nodes after it.
         process: that answered.
         marks: spans of the process meanwhile, if it is a worker's and spans are recorded.
         cuda_bytes: peak that a worker had allocated so far, likewise.
     """
 
-    reply: Message
-    state: RecordDict
+    replies: list[Message]
+    states: list[RecordDict]
     process: int
     marks: list[Mark]
     cuda_bytes: int = 0
@@ -59,6 +68,9 @@ class InProcessGrid(Grid):
         nodes: number of simulated nodes.
         run_config: flat configuration, as Flower's ``Context.run_config``.
         workers: processes that answer messages; 1 means this process.
+        together: answers train messages, ``cohort`` of them at a time; must be importable by name like the app.
+        cohort: see ``together``; messages are handed out in their order, so that this number alone, and not that of the
+            workers, says who is trained beside whom.
         node_configs: one per node; by default ``partition-id`` and ``num-partitions``.
 
     Attributes:
@@ -72,6 +84,8 @@ class InProcessGrid(Grid):
         nodes: int,
         run_config: Mapping[str, Scalar],
         workers: int = 1,
+        together: Together | None = None,
+        cohort: int = 1,
         node_configs: Sequence[Mapping[str, Scalar]] | None = None,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = 1
@@ -89,6 +103,7 @@ class InProcessGrid(Grid):
             for node, config in enumerate(configs, _FIRST_NODE_ID)
         }
         self._workers = workers
+        self._together, self._cohort = together, cohort
         self._pool: ProcessPoolExecutor | None = None
         self._replies: dict[str, Message] = {}
         self.worker_marks: dict[int, list[Mark]] = {}
@@ -147,36 +162,42 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer_all(self, messages: Sequence[Message]) -> list[Message]:
-        nodes = [message.metadata.dst_node_id for message in messages]
-        if self._workers == 1:
-            answers = [_answer(self._client_app, *pair) for pair in self._with_contexts(messages)]
-        else:
-            answers = self._answer_in_pool(messages)
-        for node, answer in zip(nodes, answers, strict=True):
-            self._contexts[node].state = answer.state
+        parts = self._parts([(message, self._contexts[message.metadata.dst_node_id]) for message in messages])
+        answers = [self._answer(part) for part in parts] if self._workers == 1 else self._answer_in_pool(parts)
+        for part, answer in zip(parts, answers, strict=True):
+            for (message, _), state in zip(part, answer.states, strict=True):
+                self._contexts[message.metadata.dst_node_id].state = state
             if answer.marks:
                 self.worker_marks.setdefault(answer.process, []).extend(answer.marks)
                 self.worker_cuda_bytes[answer.process] = answer.cuda_bytes
-        return [answer.reply for answer in answers]
+        return [reply for answer in answers for reply in answer.replies]
 
-    def _with_contexts(self, messages: Sequence[Message]) -> list[tuple[Message, Context]]:
-        return [(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+    def _parts(self, exchanges: Sequence[Exchange]) -> list[Sequence[Exchange]]:
+        """What is answered at a time: cohorts of train messages, as equal in size as can be, and others one by one."""
+        trains = bool(exchanges) and exchanges[0][0].metadata.message_type == MessageType.TRAIN
+        size = self._cohort if trains and self._together is not None else 1
+        count = -(-len(exchanges) // size)
+        bounds = [len(exchanges) * part // count for part in range(count + 1)] if count else [0]
+        return [exchanges[first:last] for first, last in pairwise(bounds)]
 
-    def _answer_in_pool(self, messages: Sequence[Message]) -> list[Answer]:
+    def _answer(self, part: Sequence[Exchange]) -> Answer:
+        return _answer(self._client_app, self._together, part)
+
+    def _answer_in_pool(self, parts: Sequence[Sequence[Exchange]]) -> list[Answer]:
         """A worker that dies takes the unfinished messages of its batch with it; the next batch has a new pool."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
             if is_recording():
                 _wait_for_start(self._pool)
         pool, answers = self._pool, []
-        futures = [(pair, _submit(pool, self._client_app, *pair)) for pair in self._with_contexts(messages)]
-        for (message, context), future in futures:
+        futures = [(part, _submit(pool, self._client_app, self._together, part)) for part in parts]
+        for part, future in futures:
             try:
                 answers.append(future.result())
             except BrokenProcessPool as error:
                 self._pool = None
-                failure = Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message)
-                answers.append(Answer(failure, context.state, os.getpid(), []))
+                failures = [Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message) for message, _ in part]
+                answers.append(Answer(failures, [context.state for _, context in part], os.getpid(), []))
         return answers
 
 
@@ -191,31 +212,34 @@ def _import_client() -> None:
     importlib.import_module("client_app.app")
 
 
-def _submit(pool: ProcessPoolExecutor, client_app: ClientApp, message: Message, context: Context) -> Future[Answer]:
+def _submit(pool: ProcessPoolExecutor, *work: Any) -> Future[Answer]:
     """A worker may die while its batch is still being handed out; then the rest fails like what it held."""
     try:
-        work = _answer_and_record if is_recording() else _answer
-        return pool.submit(work, client_app, message, context)
+        return pool.submit(_answer_and_record if is_recording() else _answer, *work)
     except BrokenProcessPool as error:
         failed: Future[Answer] = Future()
         failed.set_exception(error)
         return failed
 
 
-def _answer(client_app: ClientApp, message: Message, context: Context) -> Answer:
-    """Let a node answer in this process."""
+def _answer(client_app: ClientApp, together: Together | None, part: Sequence[Exchange]) -> Answer:
+    """Let the nodes answer in this process."""
+    messages, contexts = [message for message, _ in part], [context for _, context in part]
     try:
-        reply = client_app(message, context)
+        if len(part) > 1 and together is not None:
+            replies = together(messages, contexts)
+        else:
+            replies = [client_app(message, context) for message, context in part]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        reply = Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)
-    return Answer(reply, context.state, os.getpid(), [])
+        replies = [Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message) for message in messages]
+    return Answer(replies, [context.state for context in contexts], os.getpid(), [])
 
 
-def _answer_and_record(client_app: ClientApp, message: Message, context: Context) -> Answer:
-    """The same in a worker, whose spans come home with the reply."""
+def _answer_and_record(client_app: ClientApp, together: Together | None, part: Sequence[Exchange]) -> Answer:
+    """The same in a worker, whose spans come home with the replies."""
     with recording() as marks:
-        answer = _answer(client_app, message, context)
+        answer = _answer(client_app, together, part)
     cuda_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return answer._replace(marks=marks, cuda_bytes=cuda_bytes)
 
@@ -227,19 +251,21 @@ def run_local(config: FrampConfig, profile: "Profile | None" = None) -> RunFolde
     that import the calling script.
 
     Args:
-        config: of the run.
+        config: of the run; see :func:`framp.engines.calibration.settle_engine` for zeros in its section ``engine``.
         profile: takes what the worker processes recorded, within :func:`framp.profiling.profiling`.
 
     Raises:
         FrampError: see :func:`server_app.app.serve`.
     """
     from client_app.app import app
+    from client_app.cohort import train_together
     from server_app.app import serve
 
     # What is wrong with the data is said once and here, not by every client.
     load_partition(config, config.partition.nodes)
-    workers = config.engine.workers or os.cpu_count() or 1
-    with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers) as grid:
+    config = settle_engine(config)
+    workers, cohort = config.engine.workers, config.engine.cohort
+    with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers, train_together, cohort) as grid:
         run = serve(grid, config)
         if profile is not None:
             profile.add_workers(grid.worker_marks, grid.worker_cuda_bytes)

@@ -6,9 +6,10 @@ from framp_core.data.images import LabelledImages
 from framp_core.data.inspect import ClientRow, DataSummary, summarise_data
 from framp_core.data.partition import ClientSplit, Partition, make_partition
 from framp_core.data.sources import ImageData, load_images
-from framp_core.data.transforms import Normaliser, augment
+from framp_core.data.transforms import Augmentation, Normaliser
 
 __all__ = [
+    "Augmentation",
     "ClientData",
     "ClientRow",
     "ClientSplit",
@@ -18,7 +19,6 @@ __all__ = [
     "LabelledImages",
     "Normaliser",
     "Partition",
-    "augment",
     "load_client",
     "load_images",
     "load_partition",

@@ -1,5 +1,6 @@
 """Images of the clients of a run: selections from the pools, as their owners see them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,8 +16,11 @@ from framp_core.data.examples import ClientData, Examples, batch_positions
 from framp_core.data.partition import ClientSplit, Partition, make_partition
 from framp_core.data.shift import Shift
 from framp_core.data.sources import ImageData, load_images
-from framp_core.data.transforms import Normaliser, augment
+from framp_core.data.transforms import Augmentation, Normaliser
 from framp_core.randomness import stream
+
+AHEAD_BYTES = 2**24
+"""Memory of the network inputs that training prepares ahead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,28 +54,42 @@ class LabelledImages(Examples):
         """The first ``count`` images of the selection."""
         return replace(self, indices=self.indices[:count])
 
-    def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Read some images into memory, shifted as their owners see them.
+    def batch(self, positions: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Read some images, shifted as their owners see them.
 
         Args:
             positions: int ``(b,)``, positions in the selection, each in [0, len(self)).
+            device: where they go; a GPU holds the whole pool from the first time on.
 
         Returns:
             Images, uint8 ``(b, C, H, W)``, and labels, int64 ``(b,)``.
         """
-        chosen = self.indices[positions]
-        images = torch.from_numpy(self.images[chosen])
+        chosen, device = self.indices[positions], torch.device(device)
+        if device.type == "cpu":
+            images = torch.from_numpy(self.images[chosen])
+        else:
+            images = _resident(_Pool(self.images), device)[torch.from_numpy(chosen).to(device)]
         if self.shift is not None:
             images = self.shift(images, chosen)
-        return images, torch.from_numpy(self.labels[chosen])
+        return images, torch.from_numpy(self.labels[chosen]).to(device)
 
     def training_batches(
         self, config: FrampConfig, steps: int, rng: np.random.Generator, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``local.batch_size`` images per step, augmented if ``data.augment`` says so."""
-        local, drawn = config.local, rng if config.data.augment else None
-        for positions in batch_positions(len(self), local.batch_size, steps, rng, local.reshuffle):
-            yield self._inputs(positions, device, drawn)
+        """``local.batch_size`` images per step, augmented if ``data.augment`` says so.
+
+        The images of many steps are read, augmented and normalised at once.
+        """
+        local = config.local
+        order = batch_positions(len(self), local.batch_size, steps, rng, local.reshuffle)
+        size, shape = order.shape[1], self.images.shape[1:]
+        drawn = [Augmentation.draw((size, *shape), rng) for _ in order] if config.data.augment else []
+        at_once = max(1, AHEAD_BYTES // (4 * size * math.prod(shape)))
+        for first in range(0, steps, at_once):
+            chosen = order[first : first + at_once]
+            augmentation = Augmentation.joined(drawn[first : first + at_once]) if drawn else None
+            inputs, labels = self._inputs(chosen.reshape(-1), device, augmentation)
+            yield from zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
 
     def ordered_batches(
         self,
@@ -86,16 +104,35 @@ class LabelledImages(Examples):
         if not lone_example and len(starts) > 1 and len(self) - starts[-1] == 1:
             starts.pop()
         for first, last in pairwise([*starts, len(self)]):
-            yield self._inputs(np.arange(first, last), device, rng)
+            shape = (last - first, *self.images.shape[1:])
+            augmentation = None if rng is None else Augmentation.draw(shape, rng)
+            yield self._inputs(np.arange(first, last), device, augmentation)
 
     def _inputs(
-        self, positions: np.ndarray, device: torch.device, rng: np.random.Generator | None
+        self, positions: np.ndarray, device: torch.device, augmentation: Augmentation | None
     ) -> tuple[Tensor, Tensor]:
-        """Network inputs and labels on the device, augmented with draws of ``rng``."""
-        images, labels = self.batch(positions)
-        if rng is not None:
-            images = augment(images, rng)
-        return self.normaliser(images.to(device)), labels.to(device)
+        """Network inputs and labels on the device."""
+        images, labels = self.batch(positions, device)
+        if augmentation is not None:
+            images = augmentation(images)
+        return self.normaliser(images), labels
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    images: np.ndarray
+
+    def __hash__(self) -> int:
+        return id(self.images)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Pool) and self.images is other.images
+
+
+@lru_cache(maxsize=4)
+def _resident(pool: _Pool, device: torch.device) -> Tensor:
+    """All pixels of a pool on a device, so that no step waits for a copy."""
+    return torch.from_numpy(np.ascontiguousarray(pool.images)).to(device)
 
 
 @lru_cache(maxsize=4)

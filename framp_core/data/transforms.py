@@ -1,5 +1,6 @@
 """From stored uint8 pixels to network inputs: normalisation and augmentation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -56,27 +57,44 @@ PUBLISHED = Normaliser((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 is the mean of the images' own, so that inputs are about a quarter larger than with that of all pixels (0.247)."""
 
 
-def augment(batch: Tensor, rng: np.random.Generator) -> Tensor:
-    """Random crop and horizontal flip, drawn anew for every image.
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop and horizontal flip of a batch of images, drawn anew for every image.
 
     Each image is padded with black by an eighth of its height and width on each side, cut back to its size at a
     random place, and mirrored with probability one half.
 
-    Args:
-        batch: uint8 ``(b, C, H, W)``.
-        rng: stream of the random choices.
-
-    Returns:
-        uint8 ``(b, C, H, W)`` on the same device.
+    Attributes:
+        top: first row of each image's crop, ``(b,)``.
+        left: first column, ``(b,)``.
+        mirrored: bool ``(b,)``.
     """
-    count, _, height, width = batch.shape
-    vertical, horizontal = height // 8, width // 8
-    top = rng.integers(0, 2 * vertical + 1, size=count)
-    left = rng.integers(0, 2 * horizontal + 1, size=count)
-    mirrored = torch.from_numpy(rng.random(count) < 0.5).to(batch.device)
-    padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
-    # A view of all crops, (b, C, places, places, H, W), of which one per image is copied.
-    crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-    image, row, column = (torch.from_numpy(index).to(batch.device) for index in (np.arange(count), top, left))
-    cropped = crops[image, :, row, column]
-    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+
+    top: np.ndarray
+    left: np.ndarray
+    mirrored: np.ndarray
+
+    @classmethod
+    def draw(cls, shape: Sequence[int], rng: np.random.Generator) -> Self:
+        """Draw for a batch of the shape ``(b, C, H, W)``."""
+        count, _, height, width = shape
+        top = rng.integers(0, 2 * (height // 8) + 1, size=count)
+        left = rng.integers(0, 2 * (width // 8) + 1, size=count)
+        return cls(top, left, rng.random(count) < 0.5)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Several batches' as that of one batch."""
+        return cls(*(np.concatenate(each) for each in zip(*((p.top, p.left, p.mirrored) for p in parts), strict=True)))
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Map uint8 ``(b, C, H, W)`` to the same shape, on the same device."""
+        count, _, height, width = batch.shape
+        padded = F.pad(batch, (width // 8, width // 8, height // 8, height // 8))
+        # A view of all crops, (b, C, places, places, H, W), of which one per image is copied.
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        chosen = (torch.from_numpy(index).to(batch.device) for index in (np.arange(count), self.top, self.left))
+        image, row, column = chosen
+        cropped = crops[image, :, row, column]
+        mirrored = torch.from_numpy(self.mirrored).to(batch.device)
+        return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from framp_core.config import FrampConfig, ModelConfig
 from framp_core.config_values import Scalar
-from framp_core.data import ClientData, LabelledImages, Normaliser, augment
+from framp_core.data import Augmentation, ClientData, LabelledImages, Normaliser
 from framp_core.errors import ConfigError, ModelError
 from framp_core.layout import ParameterLayout
 from framp_core.local_training import (
@@ -192,7 +192,11 @@ def test_augmented_evaluation_sees_crops_of_its_stream() -> None:
     correct = 0
     for first in (0, 20):
         batch, labels = images.batch(np.arange(first, first + 20))
-        correct += int(((model(NORMALISER(augment(batch, drawn)))[0] + offset).argmax(dim=1) == labels).sum())
+        correct += int(
+            (
+                (model(NORMALISER(Augmentation.draw(batch.shape, drawn)(batch)))[0] + offset).argmax(dim=1) == labels
+            ).sum()
+        )
 
     def counted(seed: int) -> int:
         return evaluate(model, images, offset[None], 20, np.random.default_rng(seed))[0].correct

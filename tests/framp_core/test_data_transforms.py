@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framp_core.data.transforms import Normaliser, augment
+from framp_core.data.transforms import Augmentation, Normaliser
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -51,7 +51,7 @@ def test_every_augmented_image_is_a_crop_of_its_own_image_and_all_crops_occur(sh
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (2, *shape), dtype=np.uint8)
     repeated = torch.from_numpy(np.repeat(images, 400, axis=0))
-    result = augment(repeated, rng)
+    result = Augmentation.draw(repeated.shape, rng)(repeated)
     assert result.dtype == torch.uint8
     assert result.shape == repeated.shape
     for image, augmented in zip(images, (result[:400], result[400:]), strict=True):
@@ -61,8 +61,8 @@ def test_every_augmented_image_is_a_crop_of_its_own_image_and_all_crops_occur(sh
 def test_augmentation_is_a_function_of_its_stream_and_keeps_its_input():
     batch = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16), dtype=np.uint8))
     before = batch.clone()
-    first = augment(batch, np.random.default_rng(1))
-    assert torch.equal(first, augment(batch, np.random.default_rng(1)))
-    assert not torch.equal(first, augment(batch, np.random.default_rng(2)))
+    first = Augmentation.draw(batch.shape, np.random.default_rng(1))(batch)
+    assert torch.equal(first, Augmentation.draw(batch.shape, np.random.default_rng(1))(batch))
+    assert not torch.equal(first, Augmentation.draw(batch.shape, np.random.default_rng(2))(batch))
     assert torch.equal(batch, before)
-    assert augment(batch[:0], np.random.default_rng(1)).shape == (0, 3, 16, 16)
+    assert Augmentation.draw(batch[:0].shape, np.random.default_rng(1))(batch[:0]).shape == (0, 3, 16, 16)

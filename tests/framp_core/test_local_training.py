@@ -14,7 +14,7 @@ from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import ClientData, LabelledImages
 from framp_core.data.examples import batch_positions
-from framp_core.data.transforms import Normaliser, augment
+from framp_core.data.transforms import Augmentation, Normaliser
 from framp_core.errors import ConfigError, ModelError
 from framp_core.local_training import (
     INFERENCE_BATCH,
@@ -123,7 +123,7 @@ def ordinary_training(config: FrampConfig, offset: torch.Tensor | None) -> np.nd
     for positions in batch_positions(len(data.train), local.batch_size, local.steps, rng):
         images, labels = data.train.batch(positions)
         if config.data.augment:
-            images = augment(images, rng)
+            images = Augmentation.draw(images.shape, rng)(images)
         logits, _ = network(data.train.normaliser(images))
         optimizer.zero_grad()
         F.cross_entropy(logits if offset is None else logits + offset, labels).backward()

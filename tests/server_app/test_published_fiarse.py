@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from framp.engines import run_local
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.data import ClientData, LabelledImages, augment, load_client
+from framp_core.data import Augmentation, ClientData, LabelledImages, load_client
 from framp_core.layout import ParameterLayout
 from framp_core.methods import METHODS
 from framp_core.models import FeaturesAndHead, build_model, initial_parameters
@@ -84,7 +84,7 @@ def masked(parameters: dict[str, Tensor], model: FeaturesAndHead, threshold: Ten
 def batches(images: LabelledImages, data: ClientData, rng: np.random.Generator | None) -> Iterator[tuple[Tensor, ...]]:
     for first in range(0, len(images), 20):
         pixels, labels = images.batch(np.arange(first, min(first + 20, len(images))))
-        yield data.train.normaliser(pixels if rng is None else augment(pixels, rng)), labels
+        yield data.train.normaliser(pixels if rng is None else Augmentation.draw(pixels.shape, rng)(pixels)), labels
 
 
 def client_delta(
@@ -98,7 +98,9 @@ def client_delta(
         pixels, labels = data.train.batch(order[20 * step : 20 * step + 20])
         leaves = {name: value.requires_grad_() for name, value in weights.items()}
         outputs = torch.func.functional_call(
-            model, masked(leaves, model, threshold), (data.train.normaliser(augment(pixels, rng)),)
+            model,
+            masked(leaves, model, threshold),
+            (data.train.normaliser(Augmentation.draw(pixels.shape, rng)(pixels)),),
         )
         gradients = torch.autograd.grad(F.cross_entropy(outputs[0], labels), list(leaves.values()))
         weights = {

@@ -1,0 +1,82 @@
+"""Train messages of several clients of one process, answered together: the same replies, one program.
+
+Flower hands a ClientApp one message at a time; an engine that has several at hand calls :func:`train_together`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+from flwr.app import Context, Message, RecordDict
+
+from client_app.app import content_or_error, open_message, update_content
+from client_app.client import Assignment, Client
+from framp_core.cohort import SMALLEST, StackedNetworks, stackable
+from framp_core.errors import ModelError
+from framp_core.local_training import LocalResult, train_locally
+from framp_core.models import FlatModel
+from framp_core.spans import span
+from framp_core.threads import torch_threads
+
+Work = tuple[Client, Assignment]
+
+
+@span("client.other")
+def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Reply to each train message as :data:`client_app.app.app` would, up to the order of additions in a layer.
+
+    Clients that cannot share a program (:func:`framp_core.cohort.stackable`), or of which there are fewer than
+    :data:`framp_core.cohort.SMALLEST` alike, train one by one.
+    """
+    opened = [content_or_error(partial(_open, *pair)) for pair in zip(messages, contexts, strict=True)]
+    groups: dict[object, list[tuple[int, Work]]] = defaultdict(list)
+    for place, work in enumerate(opened):
+        if not isinstance(work, RecordDict):
+            groups[_program_of(work[1], place)].append((place, work))
+    contents = {place: work for place, work in enumerate(opened) if isinstance(work, RecordDict)}
+    for members in groups.values():
+        contents |= zip((place for place, _ in members), _train([work for _, work in members]), strict=True)
+    return [Message(contents[place], reply_to=message) for place, message in enumerate(messages)]
+
+
+def _open(message: Message, context: Context) -> Work:
+    instruction, client = open_message(message, context)
+    return client, client.assignment(instruction.payload, instruction.server_round)
+
+
+def _program_of(given: Assignment, place: int) -> object:
+    """Equal for clients that can share a program."""
+    task = given.task
+    if not stackable(task.data.train, task.config.model):
+        return place
+    aligned, batch = task.prototypes is not None, min(task.config.local.batch_size, len(task.data.train))
+    return id(given.model), task.config.local, batch, aligned
+
+
+def _train(works: Sequence[Work]) -> list[RecordDict]:
+    with torch_threads(works[0][0].config.local.threads):
+        results = content_or_error(lambda: _results(works))
+        if isinstance(results, RecordDict):
+            return [results] * len(works)
+        return [content_or_error(partial(_content, *pair)) for pair in zip(works, results, strict=True)]
+
+
+def _results(works: Sequence[Work]) -> list[LocalResult | ModelError | None]:
+    """None for those that train by themselves."""
+    if len(works) < SMALLEST:
+        return [None] * len(works)
+    stack = _stacked(works[0][1].model, len(works))
+    return list(stack.train([given.task for _, given in works]))
+
+
+def _content(work: Work, result: LocalResult | ModelError | None) -> RecordDict:
+    client, given = work
+    if isinstance(result, ModelError):
+        raise result
+    return update_content(client, given, result or train_locally(given.model, *given.task))
+
+
+@lru_cache(maxsize=4)
+def _stacked(model: FlatModel, count: int) -> StackedNetworks:
+    """One stack per process, network and number; every training overwrites all of its parameters."""
+    return StackedNetworks(model, count)

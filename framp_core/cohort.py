@@ -1,0 +1,81 @@
+"""Several clients' networks as one program: their batches and weights are stacked, and each layer runs once for all.
+
+A lone small network keeps neither a GPU nor a vector unit busy; a round of clients of one architecture does. Clients
+keep their own masks, prototypes, batches and random streams, so that only the order in which a layer adds up its
+products differs from training them one by one.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from framp_core.config import ModelConfig
+from framp_core.data.examples import Examples
+from framp_core.data.images import LabelledImages
+from framp_core.errors import ModelError
+from framp_core.graph_batch import Inputs
+from framp_core.local_training import LocalResult, LocalTask, Networks, Objective, train_side_by_side
+from framp_core.models import FeaturesAndHead, FlatModel, FlatParameters
+
+SMALLEST = 3
+"""Networks that make a stack: from here on a client's numbers do not depend on how many are beside it, nor on which
+(with fewer, oneDNN chooses other kernels)."""
+
+
+def stackable(examples: Examples, model: ModelConfig) -> bool:
+    """Whether networks can be stacked: for images, without dropout, which would draw for all clients alike."""
+    return isinstance(examples, LabelledImages) and model.dropout == 0
+
+
+class _AllExits(nn.Module):
+    def __init__(self, network: FeaturesAndHead) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self.network.all_exits(inputs)
+
+
+class StackedNetworks(Networks):
+    """K networks of one architecture whose parameters are the rows of one matrix.
+
+    Args:
+        model: the architecture; its own parameters are left alone.
+        count: K, at least :data:`SMALLEST`.
+    """
+
+    def __init__(self, model: FlatModel, count: int) -> None:
+        self._model = model
+        self._exits = _AllExits(model.model)
+        self._names = [name for name, _ in self._exits.named_parameters()]
+        self._flat = nn.Parameter(torch.zeros(count, model.layout.size, device=model.flat.device))
+        gradient = torch.zeros_like(self._flat)
+        self._flat.grad = gradient
+        self.rows = [FlatParameters(model.layout, *pair) for pair in zip(self._flat.data, gradient, strict=True)]
+
+    def train(self, tasks: Sequence[LocalTask]) -> list[LocalResult | ModelError]:
+        """Train K clients of one ``config.local``, one batch size, and all or none aligned."""
+        return train_side_by_side(self, tasks)
+
+    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+        """See :meth:`Networks.losses`; the batches are images, equally many for all."""
+        images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
+        states = {name: torch.stack([each.state[name] for each in objectives]) for name in objectives[0].state}
+
+        def loss(flat: Tensor, state: dict[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
+            with self._model.autocast():
+                exits, features = functional_call(self._exits, self._named(flat), (inputs,))
+            return objectives[0](state, [logits.float() for logits in exits], features.float(), target)
+
+        computed: Tensor = vmap(loss)(self._flat, states, images, labels)
+        return computed
+
+    def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
+        """Nothing to do: networks with dropout are not stacked."""
+        return nullcontext()
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._names, self._model.layout.split(flat), strict=True))
