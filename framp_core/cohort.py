@@ -5,6 +5,7 @@ keep their own masks, prototypes, batches and random streams, so that only the o
 products differs from training them one by one.
 """
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -31,27 +32,46 @@ def stackable(examples: Examples, model: ModelConfig) -> bool:
 
 
 class _AllExits(nn.Module):
+    """The structure of a network, without memory for parameters of its own.
+
+    ``vmap`` takes no notice of ``torch.autocast`` in convolutions, so layers cast what they read themselves.
+    """
+
     def __init__(self, network: FeaturesAndHead) -> None:
         super().__init__()
-        self.network = network
+        self.network = copy.deepcopy(network).to("meta")
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_pre_hook(_cast)
 
     def forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        return self.network.all_exits(inputs)
+        exits, features = self.network.all_exits(inputs)
+        return [logits.float() for logits in exits], features.float()
+
+
+def _cast(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return inputs[0].to(layer.weight.dtype)
 
 
 class StackedNetworks(Networks):
     """K networks of one architecture whose parameters are the rows of one matrix.
 
     Args:
-        model: the architecture; its own parameters are left alone.
+        model: the architecture, and in which precision its layers run; its own parameters are left alone.
         count: K, at least :data:`SMALLEST`.
     """
 
     def __init__(self, model: FlatModel, count: int) -> None:
-        self._model = model
+        self._layout, device = model.layout, model.flat.device
+        self._precision = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
         self._exits = _AllExits(model.model)
-        self._names = [name for name, _ in self._exits.named_parameters()]
-        self._flat = nn.Parameter(torch.zeros(count, model.layout.size, device=model.flat.device))
+        self._layers = [
+            (f"{name}.{own}", isinstance(layer, nn.Conv2d | nn.Linear))
+            for name, layer in self._exits.named_modules()
+            for own, _ in layer.named_parameters(recurse=False)
+        ]
+        self._flat = nn.Parameter(torch.zeros(count, model.layout.size, device=device))
         gradient = torch.zeros_like(self._flat)
         self._flat.grad = gradient
         self.rows = [FlatParameters(model.layout, *pair) for pair in zip(self._flat.data, gradient, strict=True)]
@@ -66,9 +86,8 @@ class StackedNetworks(Networks):
         states = {name: torch.stack([each.state[name] for each in objectives]) for name in objectives[0].state}
 
         def loss(flat: Tensor, state: dict[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
-            with self._model.autocast():
-                exits, features = functional_call(self._exits, self._named(flat), (inputs,))
-            return objectives[0](state, [logits.float() for logits in exits], features.float(), target)
+            exits, features = functional_call(self._exits, self._named(flat), (inputs,))
+            return objectives[0](state, exits, features, target)
 
         computed: Tensor = vmap(loss)(self._flat, states, images, labels)
         return computed
@@ -78,4 +97,5 @@ class StackedNetworks(Networks):
         return nullcontext()
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._names, self._model.layout.split(flat), strict=True))
+        named = zip(self._layers, self._layout.split(flat), strict=True)
+        return {name: value.to(self._precision) if casts else value for (name, casts), value in named}

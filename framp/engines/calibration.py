@@ -42,8 +42,11 @@ def settle_engine(config: FrampConfig) -> FrampConfig:
 def _room_for_workers(config: FrampConfig) -> int:
     if resolve_device(config.local.device).type == "cuda":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // config.local.threads)
+    return max(1, _cores() // config.local.threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fastest_cohort(config: FrampConfig, workers: int) -> int:

@@ -1,0 +1,179 @@
+"""Clients as one program: the numbers of training them one by one, but for the order of additions."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from framp_core.cohort import SMALLEST, StackedNetworks, stackable
+from framp_core.config import FrampConfig, ModelConfig
+from framp_core.config_values import Scalar
+from framp_core.data import load_client
+from framp_core.errors import ModelError
+from framp_core.local_training import LocalResult, LocalTask, train_locally
+from framp_core.masking import extract
+from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.prototypes import Prototypes
+from tests.small_graph import save_small_graph
+
+CLIENTS = 5
+TOLERANCE = 1e-4
+"""Largest difference of two deltas in parts of the largest change of a weight, after eight steps of SGD."""
+OF_ADAM = 10 * TOLERANCE
+"""Adam divides by the gradient's size, which makes the smallest gradients' rounding errors as large as any change."""
+
+BASE: dict[str, Scalar] = {
+    "partition.clients": CLIENTS,
+    "partition.unseen-clients": 0,
+    "model.widths": "8,8",
+    "model.groups": 4,
+    "local.steps": 8,
+    "local.device": "cpu",
+}
+RESIDUAL: dict[str, Scalar] = {"model.name": "resnet18", "model.widths": "4,4,8,8", "capacity.sizes": "1/4,1"}
+CASES: dict[str, dict[str, Scalar]] = {
+    "the method": {},
+    "plain": {"local.nested-share": 0.0, "local.alignment-weight": 0.0, "local.prior-strength": 0.0},
+    "momentum and decay": {"local.momentum": 0.9, "local.weight-decay": 1e-3, "local.learning-rate": 0.03},
+    "Adam": {"local.optimizer": "adam", "local.learning-rate": 1e-3},
+    "cosine": {"local.alignment-distance": "cosine", "local.alignment-weight": 1.0},
+    "FIARSE": {"local.threshold-gradient": True, "local.nested-share": 0.0},
+    "masked cross-entropy": {"local.masked-cross-entropy": True},
+    "ScaleFL": {"model.exits": 0, "local.distillation-weight": 0.1},
+    "batch statistics": {"model.normalisation": "batch-statistics"},
+    "augmentation": {"data.augment": True},
+    # Norms over a few values of a last stage of one pixel make it chaotic: hence one step.
+    "residual": RESIDUAL | {"local.steps": 1, "model.groups": 1},
+    "linear": {"model.name": "mlp"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config_of(values: dict[str, Scalar] | None = None) -> FrampConfig:
+    return FrampConfig.from_flat({**BASE, **(values or {})})
+
+
+def network(config: FrampConfig) -> FlatModel:
+    return FlatModel(build_model(config.model, (1, 8, 8), 10), precision=config.local.precision)
+
+
+def tasks(config: FrampConfig, *numbers: int) -> list[LocalTask]:
+    """Tasks of the clients with these numbers, each with values, mask, data and stream of its own."""
+    model = build_model(config.model, (1, 8, 8), 10)
+    layout = FlatModel(model).layout
+    aligned = config.local.alignment_weight > 0
+    means = np.random.default_rng(3).normal(size=(4, model.feature_size)).astype(np.float32)
+    prototypes = Prototypes(np.arange(4), np.ones(4, dtype=np.int64), means) if aligned else None
+    made = []
+    for number in numbers:
+        client, theta = load_client(config, number, CLIENTS), initial_parameters(model, number).numpy()
+        mask = extract(theta, layout, config.extraction, client.capacity)
+        made.append(LocalTask(theta, mask, client, config, np.random.default_rng(number), prototypes))
+    return made
+
+
+def together(config: FrampConfig, *numbers: int) -> list[LocalResult]:
+    results = StackedNetworks(network(config), len(numbers)).train(tasks(config, *numbers))
+    assert all(isinstance(result, LocalResult) for result in results)
+    return results  # type: ignore[return-value]
+
+
+def one_by_one(config: FrampConfig, *numbers: int) -> list[LocalResult]:
+    """The slow way; each result before the next client overwrites the network."""
+    model = network(config)
+    return [train_locally(model, *task) for task in tasks(config, *numbers)]
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clients_together_train_as_they_do_one_by_one(name: str) -> None:
+    config, tolerance = config_of(CASES[name]), OF_ADAM if name == "Adam" else TOLERANCE
+    assert len({load_client(config, number, CLIENTS).capacity for number in range(CLIENTS)}) > 1
+    for mine, alone, task in zip(
+        together(config, *range(CLIENTS)), one_by_one(config, *range(CLIENTS)), tasks(config, *range(CLIENTS)),
+        strict=True,
+    ):  # fmt: skip
+        assert difference(mine.delta, alone.delta) < tolerance
+        assert mine.loss == pytest.approx(alone.loss, rel=tolerance)
+        assert (mine.examples, mine.steps) == (alone.examples, alone.steps)
+        assert task.mask is not None
+        assert not mine.delta[~task.mask].any()
+
+
+def test_the_tolerance_tells_another_batch_from_the_same_one() -> None:
+    config = config_of()
+    first, *others = tasks(config, 0, 1, 2)
+    changed = StackedNetworks(network(config), 3).train([first._replace(rng=np.random.default_rng(99)), *others])
+    assert isinstance(changed[0], LocalResult)
+    assert difference(changed[0].delta, one_by_one(config, 0)[0].delta) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["the method", "residual"])
+def test_a_clients_numbers_do_not_depend_on_who_trains_beside_it(name: str) -> None:
+    config = config_of(CASES[name])
+    reference = together(config, *range(CLIENTS))
+    for numbers in ((0, 1, 2), (4, 0, 2, 3), (3, 2, 1, 0, 4)):
+        assert len(numbers) >= SMALLEST
+        for number, result in zip(numbers, together(config, *numbers), strict=True):
+            np.testing.assert_array_equal(result.delta, reference[number].delta)
+            assert result.loss == reference[number].loss
+
+
+def test_the_trained_weights_are_those_that_the_network_would_run() -> None:
+    config = config_of(CASES["FIARSE"] | {"local.learning-rate": 0.5})
+    mine = [result.weights.clone() for result in together(config, 2, 3, 4)]
+    model = network(config)
+    for task, weights in zip(tasks(config, 2, 3, 4), mine, strict=True):
+        alone = train_locally(model, *task)
+        assert difference(weights.numpy(), alone.weights.numpy()) < TOLERANCE
+        assert int((alone.weights.numpy() != task.values + alone.delta)[task.mask].sum()) > 0
+
+
+def test_a_training_that_diverges_stops_no_other() -> None:
+    config = config_of()
+    given = tasks(config, 0, 1, 2)
+    given[1] = given[1]._replace(values=given[1].values * np.float32(1e30))
+    results = StackedNetworks(network(config), 3).train(given)
+    assert isinstance(results[1], ModelError)
+    assert given[1].data.name in str(results[1])
+    for number in (0, 2):
+        kept = results[number]
+        assert isinstance(kept, LocalResult)
+        np.testing.assert_array_equal(kept.delta, together(config, 0, 1, 2)[number].delta)
+
+
+def test_graphs_and_dropout_are_not_stacked(tmp_path: Path) -> None:
+    images = load_client(config_of(), 0, CLIENTS)
+    assert stackable(images.train, config_of().model)
+    assert not stackable(images.train, ModelConfig(name="gcn", dropout=0.5))
+    few: dict[str, Scalar] = {"partition.clients": 2, "partition.unseen-clients": 0}
+    graph = FrampConfig.from_flat(save_small_graph(tmp_path / "small.npz") | few)
+    assert not stackable(load_client(graph, 0, graph.partition.nodes).train, config_of().model)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_bfloat16_is_near_and_leaves_weights_in_float32(side_by_side: bool) -> None:
+    train = together if side_by_side else one_by_one
+    low, exact = train(config_of({"local.precision": "bfloat16"}), 0, 1, 2), train(config_of(), 0, 1, 2)
+    for mine, reference in zip(low, exact, strict=True):
+        assert mine.delta.dtype == np.float32
+        assert 1e-4 < np.linalg.norm(mine.delta - reference.delta) / np.linalg.norm(reference.delta) < 0.2
+        assert mine.weights.dtype == torch.float32
+
+
+def test_capacity_one_is_stacked_without_a_mask() -> None:
+    config = config_of({"capacity.sizes": "1", "local.nested-share": 0.0})
+    given = [task._replace(mask=None) for task in tasks(config, 0, 1, 2)]
+    assert {task.data.capacity for task in given} == {Fraction(1)}
+    for mine, masked in zip(StackedNetworks(network(config), 3).train(given), together(config, 0, 1, 2), strict=True):
+        assert isinstance(mine, LocalResult)
+        np.testing.assert_array_equal(mine.delta, masked.delta)
