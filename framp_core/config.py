@@ -378,6 +378,28 @@ class EngineConfig(_Section):
     """Worker processes of the in-process engine, or Ray's client actors; they never change the numbers."""
 
     workers: int = Field(1, ge=0, description="processes; 1: in this process, 0: one per core")
+    ray_address: str = Field(
+        "",
+        description="HOST:PORT of a running Ray cluster that `framp run --engine flower` joins, with an actor on each "
+        "of its cores; empty: a Ray of the run's own",
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value and not (host and "/" not in host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"engine.ray-address={value!r} is not HOST:PORT, as `ray start --head` prints it")
+        return value
+
+    @model_validator(mode="after")
+    def _a_cluster_has_its_own_cores(self) -> Self:
+        if self.ray_address and self.workers > 1:
+            raise ValueError(
+                f"engine.workers={self.workers} is for a Ray of the run's own, and a cluster has an actor on each of "
+                f"its cores; leave it out, and start the nodes with `ray start --num-cpus=N`"
+            )
+        return self
 
 
 class OutputConfig(_Section):
