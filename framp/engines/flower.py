@@ -23,7 +23,7 @@ import httpx
 import psutil
 import torch
 
-from framp.engines.ray_cluster import RayNode, cluster_nodes, gpus_per_client
+from framp.engines.ray_cluster import cluster_nodes, gpus_per_client
 from framp_core.config import FrampConfig
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
@@ -99,17 +99,22 @@ def flower_environment(home: Path, ray_address: str = "") -> dict[str, str]:
 
 
 def federation_options(config: FrampConfig) -> str:
-    """Value of ``--federation-config``: one node per client, one core and an equal share of the GPUs per actor."""
-    workers = config.engine.workers or os.cpu_count() or 1
-    gpus = 0 if config.local.device == "cpu" else torch.cuda.device_count()
+    """Value of ``--federation-config``: one node per client, one core and an equal share of the GPUs per actor.
+
+    Raises:
+        EngineError: the cluster at ``engine.ray_address`` is none that the run can join.
+    """
     if config.engine.ray_address:
-        nodes, own_ray = cluster_nodes(config.engine.ray_address), ""
+        nodes, own_ray = cluster_nodes(config.engine.ray_address, config.data.root), ""
+        share = 0 if config.local.device == "cpu" else gpus_per_client(nodes)
     else:
-        nodes, own_ray = [RayNode(workers, gpus)], f" init-args-num-cpus={workers} init-args-num-gpus={gpus}"
-    share = 0 if config.local.device == "cpu" else gpus_per_client(nodes)
+        workers = config.engine.workers or os.cpu_count() or 1
+        gpus = 0 if config.local.device == "cpu" else torch.cuda.device_count()
+        share, own_ray = gpus / workers, f" init-args-num-cpus={workers} init-args-num-gpus={gpus}"
+    # Flower takes single precision and rounds the number of actors down, so an exact tenth of a GPU would give nine.
     return (
         f"num-supernodes={config.partition.nodes} client-resources-num-cpus=1 "
-        f"client-resources-num-gpus={share:.3f}{own_ray}"
+        f"client-resources-num-gpus={0.99 * share:.4f}{own_ray}"
     )
 
 
