@@ -56,7 +56,8 @@ def ray_node(options: list[str], log: Path) -> Iterator[None]:
         try:
             deadline = time.monotonic() + 90
             while "Ray runtime started" not in log.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             yield
             assert process.poll() is None
@@ -96,8 +97,8 @@ def test_two_nodes_give_the_numbers_of_one_process(tiny: Callable[..., FrampConf
     messages = messages_by_node(cluster)
     assert len(messages) == 2
     assert messages[SECOND_NODE] > 0
-    # The cluster lives on, and no core of it is in use.
-    assert [node.cpus for node in cluster_nodes(cluster, "")] == [1, 1]
+    # The cluster lives on, no core of it is in use, and a path that both nodes have is no obstacle.
+    assert [node.cpus for node in cluster_nodes(cluster, str(run.path))] == [1, 1]
 
 
 @pytest.mark.slow
@@ -124,10 +125,7 @@ def test_a_cluster_that_other_work_uses_is_refused(cluster: str) -> None:
 
 
 @pytest.mark.slow
-def test_nodes_without_the_data_or_with_other_code_are_refused(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert len(cluster_nodes(cluster, str(tmp_path))) == 2
+def test_nodes_without_the_data_or_with_other_code_are_refused(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"no data\.root='/nowhere'"):
         cluster_nodes(cluster, "/nowhere")
     monkeypatch.setattr(ray_cluster, "code_fingerprint", lambda: "another")
@@ -152,9 +150,9 @@ def test_an_address_where_nothing_answers_is_refused() -> None:
 
 def test_what_is_no_ray_is_given_up_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "_LOOK_SECONDS", 3.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with pytest.raises(EngineError, match="did not act as a Ray cluster within 3 s"):
-            cluster_nodes(f"127.0.0.1:{server.getsockname()[1]}", "")
+    refused = pytest.raises(EngineError, match="did not act as a Ray cluster within 3 s")
+    with socket.create_server(("127.0.0.1", 0)) as server, refused:
+        cluster_nodes(f"127.0.0.1:{server.getsockname()[1]}", "")
 
 
 def test_a_cluster_without_a_whole_core_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framp_core.config import FrampConfig
-from framp_core.config_values import parse_capacity, parse_override
+from framp_core.config_values import Scalar, parse_capacity, parse_override
 from framp_core.data.partition import make_partition
 from framp_core.errors import ConfigError
 
