@@ -25,6 +25,7 @@ import torch
 
 from framp.engines.ray_cluster import cluster_nodes, gpus_per_client
 from framp_core.config import FrampConfig
+from framp_core.data import load_partition
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
 from framp_core.run_folder import RunFolder
@@ -50,6 +51,7 @@ def run_flower(config: FrampConfig) -> RunFolder:
     Raises:
         RunFolderError: the run folder exists.
         ResumeError: the run that ``output.resume`` names cannot go on.
+        DataError: the data on this machine cannot be read or divided.
         EngineError: no app folder, no SuperLink, no cluster to join at ``engine.ray_address``, or the run did not
             complete; carries Flower's own words.
     """
@@ -60,6 +62,9 @@ def run_flower(config: FrampConfig) -> RunFolder:
         RunFolder.refuse_existing(folder)
     else:
         raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
+    if not config.engine.ray_address:
+        # As in process: what is wrong with the data is said here, and not by every client after the start.
+        load_partition(config, config.partition.nodes)
     app = code_root()
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
