@@ -162,6 +162,12 @@ def test_a_cluster_without_a_whole_core_is_too_small(monkeypatch: pytest.MonkeyP
         cluster_nodes("head:6379", "")
 
 
+def test_without_an_address_no_cluster_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``local`` is Ray's word for starting a new one, whatever runs on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert flower.flower_environment(tmp_path)["RAY_ADDRESS"] == "local"
+
+
 def test_the_in_process_engine_refuses_a_cluster(tiny: Callable[..., FrampConfig]) -> None:
     config = tiny({"engine.ray-address": "head:6379"})
     with pytest.raises(ConfigError, match="--engine flower"):
