@@ -124,8 +124,8 @@ def _look(address: str, data_root: str) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as error:
             raise EngineError(
-                f"what answers at engine.ray-address={address!r} did not act as a Ray cluster within "
-                f"{_LOOK_SECONDS:g} s; give the address that `ray start --head` printed, not its dashboard's"
+                f"what answers at engine.ray-address={address!r} did not answer as a Ray cluster within "
+                f"{_LOOK_SECONDS:g} s; give the address that `ray start --head` printed, and look at `ray status` there"
             ) from error
     try:
         found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])

@@ -150,7 +150,7 @@ def test_an_address_where_nothing_answers_is_refused() -> None:
 
 def test_what_is_no_ray_is_given_up_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "_LOOK_SECONDS", 3.0)
-    refused = pytest.raises(EngineError, match="did not act as a Ray cluster within 3 s")
+    refused = pytest.raises(EngineError, match="did not answer as a Ray cluster within 3 s")
     with socket.create_server(("127.0.0.1", 0)) as server, refused:
         cluster_nodes(f"127.0.0.1:{server.getsockname()[1]}", "")
 
