@@ -124,7 +124,7 @@ def _look(address: str, data_root: str) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as error:
             raise EngineError(
-                f"what answers at engine.ray-address={address!r} did not answer as a Ray cluster within "
+                f"what listens at engine.ray-address={address!r} did not answer as a Ray cluster within "
                 f"{_LOOK_SECONDS:g} s; give the address that `ray start --head` printed, and look at `ray status` there"
             ) from error
     try:

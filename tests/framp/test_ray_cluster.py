@@ -104,7 +104,8 @@ def test_two_nodes_give_the_numbers_of_one_process(tiny: Callable[..., FrampConf
 @pytest.mark.slow
 def test_a_run_that_is_terminated_frees_the_cluster(cluster: str, tmp_path: Path) -> None:
     options = ["--engine", "flower", "-o", f"engine.ray-address={cluster}", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "framp", "run", *options]
+    code = "import sys, tempfile; tempfile.tempdir = sys.argv.pop(1); from framp.cli import main; main()"
+    command = [sys.executable, "-c", code, str(tmp_path), "run", *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("run/events.jsonl")) and time.monotonic() < deadline:
