@@ -65,7 +65,8 @@ def _results(works: Sequence[Work]) -> list[LocalResult | ModelError | None]:
     """None for those that train by themselves."""
     if len(works) < SMALLEST:
         return [None] * len(works)
-    stack = _stacked(works[0][1].model, len(works))
+    client, given = works[0]
+    stack = _stacked(given.model, len(works), client.config.engine.compile)
     return list(stack.train([given.task for _, given in works]))
 
 
@@ -77,6 +78,6 @@ def _content(work: Work, result: LocalResult | ModelError | None) -> RecordDict:
 
 
 @lru_cache(maxsize=4)
-def _stacked(model: FlatModel, count: int) -> StackedNetworks:
+def _stacked(model: FlatModel, count: int, compiled: bool) -> StackedNetworks:
     """One stack per process, network and number; every training overwrites all of its parameters."""
-    return StackedNetworks(model, count)
+    return StackedNetworks(model, count, compiled=compiled)

@@ -389,6 +389,31 @@ class EngineConfig(_Section):
     cohort: int = Field(
         1, ge=0, description="clients that train as one program; 1: one by one, 0: as a short measurement says"
     )
+    compile: bool = Field(
+        False, description="let torch.compile turn a cohort's step into one program, on a GPU a CUDA graph"
+    )
+    ray_address: str = Field(
+        "",
+        description="HOST:PORT of a running Ray cluster that `framp run --engine flower` joins, with an actor on each "
+        "of its cores; empty: a Ray of the run's own",
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value and not (host and "/" not in host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"engine.ray-address={value!r} is not HOST:PORT, as `ray start --head` prints it")
+        return value
+
+    @model_validator(mode="after")
+    def _a_cluster_has_its_own_cores(self) -> Self:
+        if self.ray_address and self.workers > 1:
+            raise ValueError(
+                f"engine.workers={self.workers} is for a Ray of the run's own, and a cluster has an actor on each of "
+                f"its cores; leave it out, and start the nodes with `ray start --num-cpus=N`"
+            )
+        return self
 
 
 class OutputConfig(_Section):

@@ -23,7 +23,9 @@ import httpx
 import psutil
 import torch
 
+from framp.engines.ray_cluster import cluster_nodes, gpus_per_client
 from framp_core.config import FrampConfig
+from framp_core.data import load_partition
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
 from framp_core.run_folder import RunFolder
@@ -42,13 +44,16 @@ _NAMED_ERROR = re.compile(r"^framp_core\.errors\.(\w+: .*)$", re.MULTILINE)
 def run_flower(config: FrampConfig) -> RunFolder:
     """Run a configuration in Flower's simulation engine and return its run folder.
 
-    ``engine.workers`` is the number of Ray's client actors (0: one per core). ``output.folder`` must be set. What
-    Flower prints is kept in the run folder as ``flower.log``.
+    ``engine.workers`` is the number of Ray's client actors (0: one per core). With ``engine.ray_address`` the run
+    joins that cluster instead, with an actor on each core of its nodes, and leaves it running. ``output.folder`` must
+    be set. What Flower prints is kept in the run folder as ``flower.log``.
 
     Raises:
         RunFolderError: the run folder exists.
         ResumeError: the run that ``output.resume`` names cannot go on.
-        EngineError: no app folder, no SuperLink, or the run did not complete; carries Flower's own words.
+        DataError: the data on this machine cannot be read or divided.
+        EngineError: no app folder, no SuperLink, no cluster to join at ``engine.ray_address``, or the run did not
+            complete; carries Flower's own words.
     """
     folder = Path(config.output.resume or config.output.folder)
     if config.output.resume:
@@ -57,14 +62,18 @@ def run_flower(config: FrampConfig) -> RunFolder:
         RunFolder.refuse_existing(folder)
     else:
         raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
+    if not config.engine.ray_address:
+        # As in process: what is wrong with the data is said here, and not by every client after the start.
+        load_partition(config, config.partition.nodes)
     app = code_root()
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
+    federation = federation_options(config)
     home = Path(tempfile.mkdtemp(prefix="framp-flower-"))
     log = home / "flower.log"
     try:
-        with _superlink(home) as environment:
-            run_id = _submit(app, config, environment, log)
+        with _superlink(home, config.engine.ray_address) as environment:
+            run_id = _submit(app, config, federation, environment, log)
             _check_status(run_id, environment, log)
     except BaseException:
         logger.error("Flower's files of this run, its logs among them, stay in %s", home)
@@ -75,8 +84,12 @@ def run_flower(config: FrampConfig) -> RunFolder:
     return run
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's processes: own home, no telemetry, no dependency installation."""
+def flower_environment(home: Path, ray_address: str = "") -> dict[str, str]:
+    """Environment of Flower's processes: own home, no telemetry, no dependency installation.
+
+    Flower's federation has no key for the address of a cluster, which Ray therefore reads here; ``local`` keeps it
+    from joining one that happens to run on this machine.
+    """
     binaries = Path(sys.executable).parent
     return {
         **os.environ,
@@ -85,17 +98,28 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": ray_address or "local",
         "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
     }
 
 
 def federation_options(config: FrampConfig) -> str:
-    """Value of ``--federation-config``: one node per client, one core and an equal share of the GPUs per actor."""
-    workers = config.engine.workers or os.cpu_count() or 1
-    gpus = 0 if config.local.device == "cpu" else torch.cuda.device_count()
+    """Value of ``--federation-config``: one node per client, one core and an equal share of the GPUs per actor.
+
+    Raises:
+        EngineError: the cluster at ``engine.ray_address`` is none that the run can join.
+    """
+    if config.engine.ray_address:
+        nodes, own_ray = cluster_nodes(config.engine.ray_address, config.data.root), ""
+        share = 0 if config.local.device == "cpu" else gpus_per_client(nodes)
+    else:
+        workers = config.engine.workers or os.cpu_count() or 1
+        gpus = 0 if config.local.device == "cpu" else torch.cuda.device_count()
+        share, own_ray = gpus / workers, f" init-args-num-cpus={workers} init-args-num-gpus={gpus}"
+    # Flower takes single precision and rounds the number of actors down, so an exact tenth of a GPU would give nine.
     return (
         f"num-supernodes={config.partition.nodes} client-resources-num-cpus=1 "
-        f"client-resources-num-gpus={gpus / workers:.3f} init-args-num-cpus={workers} init-args-num-gpus={gpus}"
+        f"client-resources-num-gpus={0.99 * share:.4f}{own_ray}"
     )
 
 
@@ -107,9 +131,9 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _superlink(home: Path) -> Iterator[dict[str, str]]:
+def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     """Start a SuperLink; yield the environment for ``flwr``; stop it and all its children."""
-    port, environment = _free_port(), flower_environment(home)
+    port, environment = _free_port(), flower_environment(home, ray_address)
     work = home / "work"
     work.mkdir()
     address = f"127.0.0.1:{port}"
@@ -176,12 +200,12 @@ def _processes_of(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _submit(app: Path, config: FrampConfig, environment: dict[str, str], log: Path) -> int:
+def _submit(app: Path, config: FrampConfig, federation: str, environment: dict[str, str], log: Path) -> int:
     """``flwr run --stream``: wait for the end of the run, keep what is printed in ``log``, return the run's id."""
     run_config = log.with_name("run-config.toml")
     run_config.write_text(config.to_toml(), encoding="utf-8")
     command = ["flwr", "run", str(app), _CONNECTION, "--stream"]
-    command += ["--run-config", str(run_config), "--federation-config", federation_options(config)]
+    command += ["--run-config", str(run_config), "--federation-config", federation]
     with log.open("w", encoding="utf-8") as output:
         status = subprocess.run(
             command, env=environment, cwd=app, stdout=output, stderr=subprocess.STDOUT, check=False

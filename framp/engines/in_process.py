@@ -22,6 +22,7 @@ from framp.engines.calibration import settle_engine
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_partition
+from framp_core.errors import ConfigError
 from framp_core.run_folder import RunFolder
 from framp_core.spans import Mark, is_recording, recording, span
 
@@ -255,12 +256,18 @@ def run_local(config: FrampConfig, profile: "Profile | None" = None) -> RunFolde
         profile: takes what the worker processes recorded, within :func:`framp.profiling.profiling`.
 
     Raises:
+        ConfigError: ``engine.ray_address`` is set.
         FrampError: see :func:`server_app.app.serve`.
     """
     from client_app.app import app
     from client_app.cohort import train_together
     from server_app.app import serve
 
+    if config.engine.ray_address:
+        raise ConfigError(
+            f"engine.ray-address={config.engine.ray_address!r} is for Flower's simulation, and this is the in-process "
+            f"engine; use framp run --engine flower, or leave it out"
+        )
     # What is wrong with the data is said once and here, not by every client.
     load_partition(config, config.partition.nodes)
     config = settle_engine(config)

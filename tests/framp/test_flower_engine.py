@@ -15,7 +15,7 @@ from benchmarks.kill_and_resume import lasting
 from framp.engines import run_flower, run_local
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.errors import EngineError
+from framp_core.errors import DataError, EngineError
 from framp_core.run_folder import RunFolder
 from tests.small_graph import save_small_graph
 
@@ -60,6 +60,13 @@ def test_a_run_that_fails_in_flower_raises_and_says_why(tiny: Callable[..., Fram
     config = tiny({"generator.name": "dense", "generator.max-parameters": 10})
     with pytest.raises(EngineError, match="modulated"):
         run_flower(config)
+
+
+def test_unreadable_data_are_refused_before_the_start(tiny: Callable[..., FrampConfig], tmp_path: Path) -> None:
+    config = tiny({"data.name": "image-folder", "data.root": str(tmp_path / "missing")})
+    with pytest.raises(DataError, match="missing"):
+        run_flower(config)
+    assert not Path(config.output.folder).exists()
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framp_core.config import FrampConfig
-from framp_core.config_values import parse_capacity, parse_override
+from framp_core.config_values import Scalar, parse_capacity, parse_override
 from framp_core.data.partition import make_partition
 from framp_core.errors import ConfigError
 
@@ -145,9 +145,21 @@ def test_capacity_is_accepted_exactly_in_its_range(value: Fraction) -> None:
 
 def test_digest_ignores_where_and_how_but_not_what(tmp_path: Path) -> None:
     base = FrampConfig()
-    same = FrampConfig.from_flat({"engine.workers": 2, "output.folder": str(tmp_path), "data.root": str(tmp_path)})
+    where: dict[str, Scalar] = {"output.folder": str(tmp_path), "data.root": str(tmp_path)}
+    same = FrampConfig.from_flat({"engine.workers": 0, "engine.ray-address": "head:6379", **where})
     assert same.digest() == base.digest()
     assert FrampConfig.from_flat({"seed": 1}).digest() != base.digest()
+
+
+@pytest.mark.parametrize("address", ["head", ":6379", "head:", "head:0", "head:65536", "ray://head:10001", "head:x"])
+def test_a_ray_address_is_a_host_and_a_port(address: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        FrampConfig.from_flat({"engine.ray-address": address})
+
+
+def test_a_cluster_decides_on_its_own_number_of_actors() -> None:
+    with pytest.raises(ConfigError, match="num-cpus"):
+        FrampConfig.from_flat({"engine.ray-address": "head:6379", "engine.workers": 2})
 
 
 @given(st.integers(1, 200))
