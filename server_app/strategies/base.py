@@ -1,7 +1,6 @@
 """The extension point: one federated loop over personalised submodels, and the hooks that methods fill in."""
 
 import logging
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +37,7 @@ from server_app.recording import (
     mean_record,
     read_accuracies,
     read_prior_counts,
+    read_training,
     refusal_rows,
     train_row,
 )
@@ -489,17 +489,10 @@ class SubmodelStrategy(Strategy):
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
-        try:
-            blob = reply.content.config_records["framp"]["payload"]
-            metrics = reply.content.metric_records["metrics"]
-            loss, examples = float(metrics["loss"]), int(metrics["examples"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
-        if not math.isfinite(loss) or examples < 1:
-            raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
+        blob, loss, examples = read_training(reply.content)
         mask = sent.mask(self.layout.size)
         feature_size = 0 if self.slim else self._feature_size
-        update = decode_update(blob, self.layout, mask, self._classes, feature_size)  # type: ignore[arg-type]
+        update = decode_update(blob, self.layout, mask, self._classes, feature_size)
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
