@@ -16,7 +16,7 @@ from rich.table import Table
 
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig
-from framp_core.config_values import Scalar, parse_override
+from framp_core.config_values import Scalar, parse_capacity, parse_override
 from framp_core.errors import ConfigError, FrampError
 from framp_core.methods import METHODS, settings_of
 
@@ -197,6 +197,34 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
     path = write_report(run_dir.resolve())
     console.print(results_table(summary_of_run(RunFolder.open(run_dir.resolve()))))
     console.print(f"report: {path}", soft_wrap=True)
+
+
+@app.command()
+def personalise(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="The client's images: train/CLASS/*, test/CLASS/*.", show_default=False)
+    ] = None,
+    client: Annotated[str | None, typer.Option(help="Instead: a client of the run, by name.", show_default=False)] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Share of the weights it can hold.", show_default="a client of the run: its own")
+    ] = None,
+    fine_tune: Annotated[int, typer.Option(min=0, metavar="STEPS", help="Local steps on the kept weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the model to this file.", show_default=False)] = None,
+) -> None:
+    """Give an unseen client a model from its descriptor alone, and measure it."""
+    from framp.personalise import personalise as give_model
+
+    gamma = parse_capacity(capacity) if capacity is not None else None
+    folder, written = run_dir.expanduser().resolve(), out.expanduser().resolve() if out is not None else None
+    root = data.expanduser().resolve() if data is not None else None
+    found = give_model(folder, root, client, gamma, fine_tune, written)
+    table = Table(title="Personal model", title_justify="left", show_header=False)
+    for heading, value in found.rows().items():
+        table.add_row(heading, value)
+    console.print(table)
+    if written is not None:
+        console.print(f"model: {written} ({written.stat().st_size:,} bytes, dense)", soft_wrap=True, highlight=False)
 
 
 @data_app.command()

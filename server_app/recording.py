@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
-from framp_core.data import load_partition
+from framp_core.data import DataFacts, load_partition
 from framp_core.errors import DataError, ProtocolError
 from framp_core.fields import read_count, read_field
 from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
@@ -134,9 +134,12 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
 
 
 def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
-    """The partition's manifest, made again on the server; the digest alone where the server cannot read the data."""
+    """The partition's manifest, made again on the server, and ``data``, what a model must be told of the data.
+
+    The digest alone where the server cannot read the data.
+    """
     try:
-        _, partition = load_partition(config, nodes)
+        data, partition = load_partition(config, nodes)
     except DataError as error:
         logger.warning("the server cannot read the data, so manifest.json holds the clients' digest alone: %s", error)
         return {"digest": digest}
@@ -145,7 +148,7 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
             f"data.root must hold the same data everywhere"
         )
-    return partition.manifest()
+    return {**partition.manifest(), "data": DataFacts.of(data).to_dict()}
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

@@ -343,6 +343,15 @@ class SubmodelStrategy(Strategy):
         if checkpoint.round == self.config.rounds:  # It lacks its report alone, and meets no client.
             self.run.rewind(checkpoint.round, checkpoint.state["events-bytes"])
 
+    def reload(self, checkpoint: Checkpoint) -> None:
+        """Be the server that wrote a checkpoint, without any client connected: to generate and extract, not to train."""
+        self.registry.restore(checkpoint.tensors[DESCRIPTORS].numpy(), checkpoint.state["clients"])
+        self._rebuild(checkpoint, next(iter(self.registry.clients.values())))
+
+    def _rebuild(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
+        self._build(client)
+        self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
+
     def _go_on(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
         saved = checkpoint.state
         if self.registry.task != saved["task"]:
@@ -356,8 +365,7 @@ class SubmodelStrategy(Strategy):
                 f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
-        self._build(client)
-        self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
+        self._rebuild(checkpoint, client)
         self._empty_rounds = saved["empty-rounds"]
         self.run.rewind(checkpoint.round, saved["events-bytes"])
         logger.info("resumed after round %d; Flower counts the rounds that are left", checkpoint.round)
