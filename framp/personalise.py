@@ -63,7 +63,7 @@ class Personalised:
             f"accuracy, class prior {self.model.prior_strength:g}": _percent(self.accuracy),
         }
         if origin["fine_tuning_steps"]:
-            rows[f"after {origin['fine_tuning_steps']} local steps"] = _percent(self.tuned)
+            rows[f"after {origin['fine_tuning_steps']} local steps, same prior"] = _percent(self.tuned)
         return rows
 
 
@@ -78,8 +78,8 @@ def personalise(
     """Give a client the model that the newest checkpoint of a run has for it.
 
     The generator is frozen: it makes a model from the client's descriptor, which is cut to the capacity, and with
-    ``steps`` the kept weights alone are trained on the client's own data. With a client of the run, the numbers are those
-    that the run recorded for it, ``evaluation.fine-tune-steps`` included.
+    ``steps`` the kept weights alone are trained on the client's own data. With a client of the run, the numbers are
+    those that the run recorded for it, ``evaluation.fine-tune-steps`` included.
 
     Args:
         folder: of a run of FRAMP, or of FIARSE or FedAvg, whose generator gives all clients the same model.
@@ -126,8 +126,8 @@ def _server(run: RunFolder) -> tuple[FrampStrategy, Checkpoint]:
     kind = STRATEGIES[run.config.method]
     if not issubclass(kind, FrampStrategy) or kind.slim:
         raise ConfigError(
-            f"the run in {str(run.path)!r} is of method={run.config.method!r}, which has no generator that makes a model "
-            f"from a descriptor; personalise a run of 'framp' (or of 'fiarse', which gives all the same model)"
+            f"the run in {str(run.path)!r} is of method={run.config.method!r}, which has no generator that makes "
+            f"a model from a descriptor; personalise a run of 'framp' (or of 'fiarse', which gives all the same model)"
         )
     checkpoint = run.checkpoints.newest()
     if checkpoint is None:
@@ -184,8 +184,8 @@ def _measuring(config: FrampConfig, steps: int) -> FrampConfig:
 
 def _submodel(server: FrampStrategy, worker: Client, checkpoint: Checkpoint) -> tuple[Encoded, np.ndarray]:
     """The message that the server would send to this client for its evaluation, and the mask in it."""
-    description = {"client": ConfigRecord(worker.card()), "framp": ConfigRecord({"payload": worker.describe()})}
-    record = ClientRecord.read(ABSENT, RecordDict(description))
+    payload = ConfigRecord({"payload": worker.describe()})
+    record = ClientRecord.read(ABSENT, RecordDict({"client": ConfigRecord(worker.card()), "framp": payload}))
     if record.task != checkpoint.state["task"]:
         raise DataError(f"the client has {record.task}; the run is about {checkpoint.state['task']}")
     theta = server.generate(record, evaluation=True)

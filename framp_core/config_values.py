@@ -29,7 +29,9 @@ def _capacity(value: object) -> Fraction:
             raise ValueError(f"{text[:LONGEST_NUMBER]} has too many digits")
         capacity = Fraction(text)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{text[:LONGEST_NUMBER]!r} is not a capacity; write a fraction such as 1/16 or 0.25") from error
+        raise ValueError(
+            f"{text[:LONGEST_NUMBER]!r} is not a capacity; write a fraction such as 1/16 or 0.25"
+        ) from error
     if not 0 < capacity <= 1:
         raise ValueError(f"capacity {value} is outside (0, 1]; it is the fraction of the weights a client holds")
     return capacity

@@ -19,6 +19,7 @@ from framp_core.config_values import parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError
 from framp_core.fields import read_count, read_field, read_name
 from framp_core.metrics import Role
+from framp_core.run_log import about
 from server_app.replies import Refusal, Reply, held_reference, read_replies
 
 logger = logging.getLogger("flwr.framp")
@@ -279,11 +280,13 @@ class ClientRegistry:
                 record = ClientRecord.read(node, reply.content)
                 self._check(record)
             except FrampError as error:
-                self._refuse(Refusal.of(str(node), error))
+                self._refuse(Refusal.of(str(node), error, reply.message_id))
             else:
                 self._refused.pop(node, None)
                 self._described.add(node)
                 self.clients[record.name] = record
+                where = about(None, record.name, reply.message_id)
+                logger.debug("%s described itself from node %d", record.name, node, extra=where)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Note a refused node; ``refusal.client`` is its id."""

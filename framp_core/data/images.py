@@ -156,7 +156,9 @@ def _union(config: FrampConfig, partitions: int) -> LabelledImages:
     _, pool = _pools(config, partitions)
     owners = [client for client in partition.clients if client.role == "train"]
     if config.evaluation.union_by_client:
-        return replace(pool, indices=np.concatenate([_reading_order(config, own.name, "test", own.test) for own in owners]))
+        return replace(
+            pool, indices=np.concatenate([_reading_order(config, own.name, "test", own.test) for own in owners])
+        )
     indices = np.sort(np.concatenate([client.test for client in owners]))
     return replace(pool, indices=stream(config.seed, "union-order").permutation(indices))
 

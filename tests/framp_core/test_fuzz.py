@@ -330,7 +330,6 @@ def outcome(target: Target, blob: bytes, resealed: bool) -> str:
     try:
         read = target.read(blob)
     except FrampError as error:
-        assert 10 < len(str(error)) < 2000
         return type(error).__name__
     assert resealed or blob in target.messages
     assert_valid(read)
