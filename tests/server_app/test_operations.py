@@ -341,3 +341,42 @@ def test_the_command(tiny: Build, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         cli.main()
     assert stop.value.code == 1
     assert "is not a run folder" in capfd.readouterr().err
+
+
+# --- new clients --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [1003, 1004])
+def test_a_new_client_is_asked_when_first_seen_and_served_at_once(tiny: Build, late: int) -> None:
+    """It connects between the first two rounds; 1004 is a client that never trains."""
+    config = tiny({"rounds": 3, "server.clients-per-round": 4, "server.discovery-deadline": 0.3})
+    asked: list[int] = []
+
+    class Joining(InProcessGrid):
+        evaluations = 0
+
+        def get_node_ids(self) -> list[int]:
+            return [node for node in super().get_node_ids() if node != late or self.evaluations]
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            messages = list(messages)
+            asked.extend(each.metadata.dst_node_id for each in messages if "query" in each.metadata.message_type)
+            self.evaluations += messages[0].metadata.message_type == "evaluate"
+            return super().push_messages(messages)
+
+    with Joining(client_app, config.partition.nodes, config.to_flat()) as grid:
+        run = serve(grid, config)
+    name, role = f"client-{late - 1000:04d}", "train" if late == 1003 else "unseen"
+    (joined,) = [event for event in run.events() if event["kind"] == "join"]
+    assert [(client["client"], client["role"]) for client in joined["clients"]] == [(name, role)]
+    assert joined["round"] == 2
+    assert asked.count(late) == 1
+    evaluated = {row.round for row in run.clients() if row.client == name}
+    assert evaluated == {2, 3}
+    trained = {
+        event["round"]
+        for event in run.events()
+        if event["kind"] == "train" and name in [client["client"] for client in event["clients"]]
+    }
+    assert trained == ({2, 3} if role == "train" else set())
+    assert RunStatus.of(run.path).joined_later == 1
