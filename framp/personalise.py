@@ -17,6 +17,7 @@ from framp_core.config import GRAPH_DATA, FrampConfig
 from framp_core.data import ClientData, DataFacts, load_client, load_partition, own_client
 from framp_core.errors import ConfigError, DataError, RunFolderError
 from framp_core.local_training import log_prior
+from framp_core.models import FlatModel, build_model
 from framp_core.personal_model import PersonalModel, require_new, save
 from framp_core.run_folder import MANIFEST, RunFolder
 from framp_core.threads import torch_threads
@@ -105,16 +106,23 @@ def personalise(
         worker = Client(_measuring(run.config, steps), held, server.registry.expected, HeldReference(RecordDict()))
         encoded, mask = _submodel(server, worker, checkpoint)
         counts = worker.evaluate(encoded.blob, checkpoint.round, final=True)
-    origin = {"client": held.name, "round": checkpoint.round, "fine_tuning_steps": steps}
+    origin = {
+        "client": held.name,
+        "method": run.config.method,
+        "round": checkpoint.round,
+        "rounds": run.config.rounds,
+        "fine_tuning_steps": steps,
+        "config_digest": run.config.digest(),
+    }
     model = PersonalModel(
-        network=worker.model,
+        network=_copy(worker),
         mask=mask,
         log_prior=log_prior(held.class_counts(), run.config.local.absent_class_prior),
         prior_strength=run.config.evaluation.local_prior_strength,
         facts=_facts(run),
         capacity=held.capacity,
         message=encoded.parts,
-        origin={**origin, **_origin(run.config)},
+        origin=origin,
     )
     if out is not None:
         save(model, run.config.model, out)
@@ -193,8 +201,11 @@ def _submodel(server: FrampStrategy, worker: Client, checkpoint: Checkpoint) -> 
     return encode_submodel(theta[mask], mask, None, server.layout, server.config.wire.values), mask
 
 
-def _origin(config: FrampConfig) -> dict[str, Any]:
-    return {"method": config.method, "rounds": config.rounds, "config_digest": config.digest()}
+def _copy(worker: Client) -> FlatModel:
+    """What was measured last, in a network of its own: the client's is overwritten by whatever comes next."""
+    network = FlatModel(build_model(worker.config.model, worker.data.shape, worker.data.classes))
+    network.load(worker.model.flat.detach().cpu())
+    return network
 
 
 def _result(model: PersonalModel, held: ClientData, counts: Mapping[str, Any]) -> Personalised:
