@@ -32,6 +32,9 @@ RUN: dict[str, Scalar] = {
     "partition.unseen-clients": 2,
     "capacity.sizes": "1/4,1",
     "evaluation.fine-tune-steps": 3,
+    # In so few rounds a mixture finds no clusters, and would give all clients the same model.
+    "generator.name": "modulated",
+    "server.personal-learning-rate": 0.03,
 }
 UNSEEN, STEPS = "client-0005", 3
 
@@ -208,7 +211,8 @@ def test_an_unfinished_run_gives_the_model_of_its_newest_checkpoint(finished: Ru
 
 @pytest.mark.parametrize("method", ["fiarse", "fedavg", "framp-low-rank"])
 def test_other_methods_with_a_generator_serve_too(method: str, tmp_path: Path) -> None:
-    values = settings_of(method, {**RUN, "local.nested-share": 0.0, "local.alignment-weight": 0.0, "rounds": 1})
+    plain = {key: value for key, value in RUN.items() if key != "generator.name"}
+    values = settings_of(method, {**plain, "local.nested-share": 0.0, "local.alignment-weight": 0.0, "rounds": 1})
     folder: dict[str, Scalar] = {"output.folder": str(tmp_path / "run"), "data.cache": str(tmp_path / "cache")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server_app.app.write_report", lambda path: None)
