@@ -16,6 +16,7 @@ from framp_core.config_values import Scalar, parse_capacity
 from framp_core.data import ClientData, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError
+from framp_core.fields import read_count, read_field
 from framp_core.layout import ParameterLayout
 from framp_core.local_training import (
     LocalResult,
@@ -32,6 +33,8 @@ from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.spans import span
 from framp_core.structured import held_classes, slim_widths
+
+MAX_ROUND = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,26 @@ class Instruction:
         """Read the records ``config`` and ``framp`` of a message.
 
         Raises:
-            ProtocolError: a record or a key is missing, or an override is not of the section ``local``.
+            ProtocolError: a record or a key is missing or of another type, or an override is not of the section
+                ``local``.
         """
         config, payload = content.get("config"), content.get("framp", ConfigRecord())
         if not isinstance(config, ConfigRecord) or not isinstance(payload, ConfigRecord):
             raise ProtocolError(f"the message holds {sorted(content)}, expected the records config and framp")
-        overrides: dict[str, Scalar] = {key: value for key, value in config.items() if "." in key}  # type: ignore[misc]
+        overrides = {key: value for key, value in config.items() if "." in key}
         foreign = [key for key in overrides if not key.startswith("local.")]
         if foreign:
             raise ProtocolError(f"the server may override keys of the section local, not {', '.join(foreign)}")
-        try:
-            return cls(
-                fingerprint=str(config["fingerprint"]),
-                server_round=int(config["round"]),  # type: ignore[arg-type]
-                final=bool(config.get("final", False)),
-                payload=bytes(payload.get("payload", b"")),  # type: ignore[arg-type]
-                overrides=overrides,
-            )
-        except KeyError as error:
-            raise ProtocolError(f"the message's config lacks {error}; it holds {sorted(config)}") from error
+        lists = [key for key, value in overrides.items() if not isinstance(value, Scalar)]
+        if lists:
+            raise ProtocolError(f"overrides are text or numbers, and these are not: {', '.join(lists)}")
+        return cls(
+            fingerprint=read_field(config, "fingerprint", str),
+            server_round=read_count(config, "round", 0, MAX_ROUND),
+            final=read_field(config, "final", bool, default=False),
+            payload=read_field(payload, "payload", bytes, default=b""),
+            overrides=overrides,  # type: ignore[arg-type]
+        )
 
 
 @lru_cache(maxsize=4)

@@ -1,5 +1,6 @@
 """The ``framp`` command."""
 
+import json
 import logging
 import signal
 import sys
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig
-from framp_core.config_values import Scalar, parse_override
+from framp_core.config_values import Scalar, parse_capacity, parse_override
 from framp_core.errors import ConfigError, FrampError
 from framp_core.methods import METHODS, settings_of
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data and partitions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
+_RESUME = "flwr.framp.resume"
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="TOML preset; none: the digits preset.", show_default=False)]
 Overrides = Annotated[
@@ -199,18 +201,66 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
     console.print(f"report: {path}", soft_wrap=True)
 
 
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show how far a run is, how well it does, and how it goes on; while it works, too."""
+    from framp.status import RunStatus
+
+    found = RunStatus.of(run_dir.expanduser().resolve())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    _show_rows(found.folder, found.rows())
+
+
+@app.command()
+def personalise(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="The client's images: train/CLASS/*, test/CLASS/*.", show_default=False)
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Instead: a client of the run, by name.", show_default=False)
+    ] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Share of the weights it can hold.", show_default="a client of the run: its own")
+    ] = None,
+    fine_tune: Annotated[int, typer.Option(min=0, metavar="STEPS", help="Local steps on the kept weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the model to this file.", show_default=False)] = None,
+) -> None:
+    """Give an unseen client a model from its descriptor alone, and measure it."""
+    from framp.personalise import personalise as give_model
+
+    gamma = parse_capacity(capacity) if capacity is not None else None
+    folder, written = run_dir.expanduser().resolve(), out.expanduser().resolve() if out is not None else None
+    root = data.expanduser().resolve() if data is not None else None
+    found = give_model(folder, root, client, gamma, fine_tune, written)
+    _show_rows("Personal model", found.rows())
+    if written is not None:
+        console.print(f"model: {written} ({written.stat().st_size:,} bytes, dense)", soft_wrap=True, highlight=False)
+
+
 @data_app.command()
 def inspect(config: ConfigPath = None, override: Overrides = None) -> None:
     """Show a data set and how it is divided among the clients."""
     from framp_core.data import summarise_data
 
     summary = summarise_data(load_config(config, override))
-    facts = Table(title="Data", title_justify="left", show_header=False)
-    for fact in summary.facts:
-        facts.add_row(fact["fact"], fact["value"])
-    console.print(facts)
+    _show_rows("Data", {fact["fact"]: fact["value"] for fact in summary.facts})
     console.print(_clients_table(summary))
     console.print(f"partition digest: {summary.digest}", soft_wrap=True)
+
+
+def _show_rows(title: str, rows: Mapping[str, str]) -> None:
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    for heading, value in rows.items():
+        table.add_row(Text(heading), Text(value, overflow="fold"))
+    console.print(table)
 
 
 def _clients_table(summary: "DataSummary") -> Table:
@@ -241,10 +291,13 @@ def _clients_table(summary: "DataSummary") -> Table:
 
 def _log_errors() -> None:
     """Flower's log only where something went wrong, and how a run goes on; the progress display shows the rest."""
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    # A run turns its own logger up for log.jsonl, so that what the console shows is decided here.
+    handler.addFilter(lambda record: record.levelno >= (logging.WARNING if record.name == _RESUME else logging.ERROR))
     logger = logging.getLogger("flwr")
-    logger.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
+    logger.handlers = [handler]
     logger.setLevel(logging.ERROR)
-    logging.getLogger("flwr.framp.resume").setLevel(logging.WARNING)
+    logging.getLogger(_RESUME).setLevel(logging.WARNING)
 
 
 def main() -> None:

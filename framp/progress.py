@@ -9,8 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from framp_core.metrics import COLUMNS, summarise
-from framp_core.run_folder import accuracies
+from framp_core.metrics import COLUMNS, accuracies, summarise
 
 _POLL_SECONDS = 0.2
 

@@ -1,6 +1,7 @@
 """From the text of files and options to the values of a configuration: field types, keys, and what errors say."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -12,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Va
 from framp_core.errors import ConfigError
 
 Scalar = str | int | float | bool
+LONGEST_NUMBER = 100
+_LARGE_EXPONENT = re.compile(r"[eE][-+]?\d{4}")
 
 
 def _comma_separated(value: object) -> object:
@@ -19,10 +22,16 @@ def _comma_separated(value: object) -> object:
 
 
 def _capacity(value: object) -> Fraction:
+    text = str(value)
     try:
-        capacity = Fraction(str(value))
+        # Fraction would take the exponent of 1e-999999999 at its word, and fill the memory.
+        if len(text) > LONGEST_NUMBER or _LARGE_EXPONENT.search(text):
+            raise ValueError(f"{text[:LONGEST_NUMBER]} has too many digits")
+        capacity = Fraction(text)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is not a capacity; write a fraction such as 1/16 or 0.25") from error
+        raise ValueError(
+            f"{text[:LONGEST_NUMBER]!r} is not a capacity; write a fraction such as 1/16 or 0.25"
+        ) from error
     if not 0 < capacity <= 1:
         raise ValueError(f"capacity {value} is outside (0, 1]; it is the fraction of the weights a client holds")
     return capacity

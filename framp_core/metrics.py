@@ -52,6 +52,20 @@ class ClientAccuracy:
     def __post_init__(self) -> None:
         _check_counts(self.client, self.population, [self.correct], self.total)
 
+    @classmethod
+    def read(cls, row: Mapping[str, Any], round: int) -> Self:
+        """From a row of an event, or of clients.csv."""
+        return cls(
+            client=row["client"],
+            role=row["role"],
+            capacity=row["capacity"],
+            round=round,
+            population=row["population"],
+            moment=row["moment"],
+            correct=int(row["correct"]),
+            total=int(row["total"]),
+        )
+
     @property
     def accuracy(self) -> float:
         """Fraction of the examples classified correctly, in [0, 1]."""
@@ -118,6 +132,11 @@ class PriorCurve:
         rows = [row for row in self.clients if row.column == column and capacity in (MEAN, row.capacity)]
         shares = [[count / row.total for count in row.correct] for row in rows]
         return [math.fsum(each) / len(rows) for each in zip(*shares, strict=True)]
+
+
+def accuracies(event: Mapping[str, Any]) -> list[ClientAccuracy]:
+    """The measurements in one ``"evaluate"`` event."""
+    return [ClientAccuracy.read(row, event["round"]) for row in event["accuracies"]]
 
 
 def column_of(role: Role, population: Population) -> Column | None:

@@ -5,6 +5,8 @@ config.toml             effective configuration
 environment.json        versions, platform, seed, fingerprint of the code
 manifest.json           the partition; its ``"digest"`` is shown in the report
 events.jsonl            one JSON object per event, appended and flushed while the run works
+log.jsonl               what the run logs, single messages included, see :mod:`framp_core.run_log`
+metrics.prom            for monitors, written anew after every round, see :mod:`framp_core.run_metrics`
 checkpoints/            the newest checkpoints, see :mod:`framp_core.checkpoints`
 masks.json              selection and overlap of the masks at the last evaluation
 summary.json            the results table; its presence says that the run finished
@@ -42,8 +44,9 @@ from framp_core.checkpoints import Checkpoints, sync
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_fingerprint
-from framp_core.metrics import COLUMNS, ClientAccuracy, summarise
+from framp_core.metrics import COLUMNS, ClientAccuracy, accuracies, summarise
 from framp_core.prototypes import Prototypes
+from framp_core.run_metrics import KINDS, RunMetrics
 
 logger = logging.getLogger("flwr.framp.resume")
 PACKAGES = ("framp", "flwr", "torch", "torchvision", "numpy", "scikit-learn", "safetensors")
@@ -54,10 +57,15 @@ MANIFEST = "manifest.json"
 EVENTS = "events.jsonl"
 CLIENTS = "clients.csv"
 SUMMARY = "summary.json"
+LOG = "log.jsonl"
+METRICS = "metrics.prom"
+LOCK = ".lock"
 MASKS = "masks.json"
 PRIOR_CURVE = "prior_curve.json"
 CHECKPOINTS = "checkpoints"
 PROTOTYPES = "prototypes"
+_LOOKS_AT_A_LOCK = 0.3
+"""Seconds: who looks whether a run is worked on holds its lock for a moment."""
 
 
 class RunFolder:
@@ -75,6 +83,7 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / CHECKPOINTS)
         self._first_round = 1
         self._board: Any = None
+        self._metrics: RunMetrics | None = None
         self._checked_tail = False
 
     @classmethod
@@ -138,9 +147,9 @@ class RunFolder:
         Raises:
             RunFolderError: another process works on it.
         """
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOOKS_AT_A_LOCK)
         except Timeout as error:
             raise RunFolderError(
                 f"another process works on the run in {str(self.path)!r}; wait for it, or end it first"
@@ -149,6 +158,23 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def in_use(self) -> bool:
+        """Whether a process works on this run.
+
+        Raises:
+            RunFolderError: this user may not tell.
+        """
+        path = self.path / LOCK
+        if not path.is_file():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError as error:
+            raise RunFolderError(f"{str(path)!r} cannot be looked at ({error}); ask as the user of the run") from error
 
     def rewind(self, round: int, length: int) -> None:
         """Go back to the end of a round: what was recorded after it is done again.
@@ -168,6 +194,7 @@ class RunFolder:
                 f"since; restore it, or start the run again in another folder"
             )
         self._replace(EVENTS, kept.decode())
+        self._metrics = None
         self.checkpoints.clean(round)
         self._note_resume(round)
         self._first_round = round + 1
@@ -182,8 +209,12 @@ class RunFolder:
         """
         line = json.dumps(_plain({"kind": kind, "round": round, **fields}), allow_nan=False)
         self._drop_cut_line()
+        metrics = self._known_metrics()
         with (self.path / EVENTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        if kind in KINDS:
+            metrics.add(json.loads(line))
+            metrics.write(self.path / METRICS)
         if kind == "evaluate" and self.config.output.tensorboard:
             self._write_scalars(accuracies(json.loads(line)))
 
@@ -225,7 +256,7 @@ class RunFolder:
         """
         self._require(CLIENTS)
         with (self.path / CLIENTS).open(encoding="utf-8", newline="") as file:
-            return [_accuracy(row, int(row["round"])) for row in csv.DictReader(file)]
+            return [ClientAccuracy.read(row, int(row["round"])) for row in csv.DictReader(file)]
 
     def has(self, name: str) -> bool:
         """Whether the run wrote this file."""
@@ -325,6 +356,14 @@ class RunFolder:
         notes.append(", ".join([f"after round {round} at {now['started']}", *others]))
         self.write_json(ENVIRONMENT, {**before, "resumed": "; ".join(notes)})
 
+    def _known_metrics(self) -> RunMetrics:
+        """Of all events so far, those before a resume among them."""
+        if self._metrics is None:
+            self._metrics = RunMetrics(self.config.rounds)
+            for event in self.events():
+                self._metrics.add(event)
+        return self._metrics
+
     def _drop_cut_line(self) -> None:
         """A resumed run appends to the events of a killed one, whose last line may lack its end."""
         if not self._checked_tail and self.has(EVENTS):
@@ -343,11 +382,6 @@ class RunFolder:
                 if spread is not None:
                     self._board.add_scalar(f"{column}/{summary.capacity}", spread.mean, rows[0].round)
         self._board.flush()
-
-
-def accuracies(event: Mapping[str, Any]) -> list[ClientAccuracy]:
-    """The measurements in one ``"evaluate"`` event."""
-    return [_accuracy(row, event["round"]) for row in event["accuracies"]]
 
 
 def environment(config: FrampConfig) -> dict[str, Any]:
@@ -371,19 +405,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _accuracy(row: Mapping[str, Any], round: int) -> ClientAccuracy:
-    return ClientAccuracy(
-        client=row["client"],
-        role=row["role"],
-        capacity=row["capacity"],
-        round=round,
-        population=row["population"],
-        moment=row["moment"],
-        correct=int(row["correct"]),
-        total=int(row["total"]),
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
-from framp_core.run_folder import RunFolder
+from framp_core.run_folder import LOG, RunFolder
+from framp_core.run_log import about, run_log
 from framp_core.spans import span
 from server_app.resume import checkpoint_of
 from server_app.strategies import STRATEGIES, SubmodelStrategy
@@ -56,11 +57,13 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
         strategy = strategy_class(config, run)
         if config.output.resume:
             _resume(strategy)
-        rounds_left = config.rounds - strategy.rounds_done
-        strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
-        with span("server.report"):
-            finish(run)
-            write_report(run.path)
+        with run_log(run.path / LOG):
+            rounds_left = config.rounds - strategy.rounds_done
+            strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
+            with span("server.report"):
+                finish(run)
+                write_report(run.path)
+            logger.debug("the run is finished", extra=about(config.rounds))
     return run
 
 

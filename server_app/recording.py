@@ -1,14 +1,16 @@
 """Rows of the event log, and the metric records that Flower shows."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
-from framp_core.data import load_partition
+from framp_core.data import DataFacts, load_partition
 from framp_core.errors import DataError, ProtocolError
+from framp_core.fields import read_count, read_field
 from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
 from server_app.registry import ClientRecord
 from server_app.replies import Refusal
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 POPULATIONS: tuple[Population, ...] = ("local", "validation", "union")
+MAX_EXAMPLES = 2**31
 MOMENTS: dict[Moment, str] = {"before": "", "after": "-tuned"}
 logger = logging.getLogger("flwr.framp")
 
@@ -62,6 +65,20 @@ def refusal_rows(refused: Sequence[Refusal]) -> list[Row]:
     return rows
 
 
+def read_training(content: RecordDict) -> tuple[bytes, float, int]:
+    """The encoded update, the mean training loss and the number of examples in a client's reply.
+
+    Raises:
+        ProtocolError: a field is missing, of another type, or out of range.
+    """
+    blob = read_field(content.config_records.get("framp", ConfigRecord()), "payload", bytes)
+    metrics = content.metric_records.get("metrics", MetricRecord())
+    loss = read_field(metrics, "loss", float)
+    if not math.isfinite(loss):
+        raise ProtocolError(f"the reply reports a loss of {loss}; lower the client's learning rate")
+    return blob, loss, read_count(metrics, "examples", 1, MAX_EXAMPLES)
+
+
 def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict) -> list[ClientAccuracy]:
     """The measurements in a client's reply: one per population and moment.
 
@@ -73,10 +90,11 @@ def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict
     for moment, suffix in MOMENTS.items():
         for population in POPULATIONS:
             total, correct = metrics.get(f"{population}-total{suffix}"), metrics.get(f"{population}-correct{suffix}")
-            if total is None or total == 0:
+            if total is None or (total == 0 and isinstance(total, int)):
                 continue
             if not isinstance(total, int) or not isinstance(correct, int):
-                raise ProtocolError(f"{client.name} reports {correct!r} correct of {total!r} {population} examples")
+                reported = f"{str(correct)[:80]} correct of {str(total)[:80]}"
+                raise ProtocolError(f"{client.name} reports {reported} {population} examples, expected whole numbers")
             measured.append(
                 ClientAccuracy(
                     client.name, client.role, str(client.capacity), server_round, population, moment, correct, total
@@ -103,12 +121,12 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
     populations: tuple[Population, ...] = ("local", "union")
     for population in populations if strengths else ():
         total, correct = metrics.get(f"{population}-total"), metrics.get(f"{population}-prior-correct")
-        if not total:
+        if total is None or (total == 0 and isinstance(total, int)):
             continue
         counts = tuple(count for count in correct if isinstance(count, int)) if isinstance(correct, list) else ()
         if len(counts) != strengths or not isinstance(total, int):
             raise ProtocolError(
-                f"{client.name} reports {correct!r} correct of {total!r} {population} examples; "
+                f"{client.name} reports {str(correct)[:80]} correct of {str(total)[:80]} {population} examples; "
                 f"expected a count for each of {strengths} strengths of the prior"
             )
         found.append(PriorCounts(client.name, client.role, str(client.capacity), population, counts, total))
@@ -116,9 +134,12 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
 
 
 def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
-    """The partition's manifest, made again on the server; the digest alone where the server cannot read the data."""
+    """The partition's manifest, made again on the server, and ``data``, what a model must be told of the data.
+
+    The digest alone where the server cannot read the data.
+    """
     try:
-        _, partition = load_partition(config, nodes)
+        data, partition = load_partition(config, nodes)
     except DataError as error:
         logger.warning("the server cannot read the data, so manifest.json holds the clients' digest alone: %s", error)
         return {"digest": digest}
@@ -127,7 +148,7 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
             f"data.root must hold the same data everywhere"
         )
-    return partition.manifest()
+    return {**partition.manifest(), "data": DataFacts.of(data).to_dict()}
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

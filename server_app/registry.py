@@ -17,7 +17,9 @@ from framp_core.codec import decode_descriptor
 from framp_core.config import FrampConfig
 from framp_core.config_values import parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError
+from framp_core.fields import read_count, read_field, read_name
 from framp_core.metrics import Role
+from framp_core.run_log import about
 from server_app.replies import Refusal, Reply, held_reference, read_replies
 
 logger = logging.getLogger("flwr.framp")
@@ -26,6 +28,9 @@ ABSENT = -1
 """Node id of a client that is known from a checkpoint and was not met since; Flower's ids are not negative."""
 SAME_DESCRIPTOR = 0.02
 """Distance of two descriptors, which have norm 1, up to which rounding on another machine may explain it."""
+MAX_CLASSES = 2**16
+MAX_EXAMPLE_SIZE = 2**24
+"""Numbers in an example: an image of 2,365 x 2,365 pixels in colour."""
 RETRY_SECONDS = 30.0
 """A refused or silent node is asked again after this time: it may have been repaired, or its twin may be gone."""
 
@@ -67,26 +72,28 @@ class ClientRecord:
         """Read the reply of ``query.describe``.
 
         Raises:
-            ProtocolError: a field is missing or out of range.
+            ProtocolError: a field is missing, of another type or out of range.
+            ConfigError: the capacity is none.
         """
         try:
-            card, blob = content.config_records["client"], content.config_records["framp"]["payload"]
-            return cls(
-                name=str(card["name"]),
-                node_id=node_id,
-                role=_role(card["role"]),
-                capacity=parse_capacity(card["capacity"]),
-                shape=tuple(int(side) for side in card["shape"]),  # type: ignore[union-attr, arg-type]
-                classes=int(card["classes"]),  # type: ignore[arg-type]
-                train_examples=int(card["train-examples"]),  # type: ignore[arg-type]
-                partitions=int(card["partitions"]),  # type: ignore[arg-type]
-                partition_digest=str(card["partition-digest"]),
-                descriptor=_descriptor(blob),
-                descriptor_bytes=len(blob),  # type: ignore[arg-type]
-                reference=held_reference(content),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"a description lacks or garbles a field: {type(error).__name__} {error}") from error
+            card, payload = content.config_records["client"], content.config_records["framp"]
+        except KeyError as error:
+            raise ProtocolError(f"a description lacks the record {error}; it holds {sorted(content)}") from error
+        blob = read_field(payload, "payload", bytes)
+        return cls(
+            name=read_name(card, "name"),
+            node_id=node_id,
+            role=_role(card.get("role")),
+            capacity=parse_capacity(read_field(card, "capacity", str)),
+            shape=_shape(card.get("shape")),
+            classes=read_count(card, "classes", 1, MAX_CLASSES),
+            train_examples=read_count(card, "train-examples", 1, 2**31),
+            partitions=read_count(card, "partitions", 1, 2**31),
+            partition_digest=read_name(card, "partition-digest"),
+            descriptor=_descriptor(blob),
+            descriptor_bytes=len(blob),
+            reference=held_reference(content),
+        )
 
     @property
     def task(self) -> str:
@@ -97,9 +104,18 @@ class ClientRecord:
         )
 
 
-def _descriptor(blob: object) -> np.ndarray:
+def _shape(sides: object) -> tuple[int, ...]:
+    """Of an example. Models are built for it, so that a client must not choose how much memory that takes."""
+    if not isinstance(sides, list) or len(sides) not in (1, 3) or not all(type(side) is int for side in sides):
+        raise ProtocolError(f"the shape of an example is {str(sides)[:80]}, expected one or three whole numbers")
+    if min(sides) < 1 or math.prod(sides) > MAX_EXAMPLE_SIZE:
+        raise ProtocolError(f"an example of shape {sides} has not 1 to {MAX_EXAMPLE_SIZE} numbers; use smaller ones")
+    return tuple(sides)
+
+
+def _descriptor(blob: bytes) -> np.ndarray:
     """The descriptor in a reply, whose norm is at most 1: one client must not move what all are measured by."""
-    vector = decode_descriptor(blob)  # type: ignore[arg-type]
+    vector = decode_descriptor(blob)
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if norm > 1.01:
         raise ProtocolError(f"the descriptor has norm {norm:g}; every descriptor is scaled to unit norm")
@@ -108,7 +124,7 @@ def _descriptor(blob: object) -> np.ndarray:
 
 def _role(value: object) -> Role:
     if value not in ("train", "unseen"):
-        raise ProtocolError(f"the role {value!r} is neither train nor unseen")
+        raise ProtocolError(f"the role {str(value)[:80]!r} is neither train nor unseen")
     return "train" if value == "train" else "unseen"
 
 
@@ -264,11 +280,13 @@ class ClientRegistry:
                 record = ClientRecord.read(node, reply.content)
                 self._check(record)
             except FrampError as error:
-                self._refuse(Refusal.of(str(node), error))
+                self._refuse(Refusal.of(str(node), error, reply.message_id))
             else:
                 self._refused.pop(node, None)
                 self._described.add(node)
                 self.clients[record.name] = record
+                where = about(None, record.name, reply.message_id)
+                logger.debug("%s described itself from node %d", record.name, node, extra=where)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Note a refused node; ``refusal.client`` is its id."""

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST_REASON = 400
+_LONGEST_TRACEBACK = 20_000
+NO_REPLY = "no reply before the deadline"
 
 
 @dataclass(frozen=True)
@@ -16,28 +18,34 @@ class Reply:
 
     client: str
     content: RecordDict
+    message_id: str = ""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client whose reply is missing or was refused; ``traceback`` where the client sent one."""
+    """A client whose reply is missing or was refused; ``traceback`` where the client sent one.
+
+    ``message_id`` is Flower's id of the message that was to be answered; two refusals that differ in it alone are
+    equal.
+    """
 
     client: str
     error: str
     traceback: str = ""
     missing: bool = False
+    message_id: str = field(default="", compare=False)
 
     @classmethod
-    def of(cls, client: str, error: Exception) -> "Refusal":
+    def of(cls, client: str, error: Exception, message_id: str = "") -> "Refusal":
         """The refusal of a reply in which the server found an error."""
-        return cls(client, f"{type(error).__name__}: {error}")
+        return cls(client, f"{type(error).__name__}: {error}", message_id=message_id)
 
 
 def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[list[Reply], list[Refusal]]:
     """Sort replies into good ones and refusals, both in the order of the clients' names.
 
     Replies are mapped by ``reply_to_message_id``: errors that the SuperLink makes carry its own node id as source.
-    A reply to no message of ours is dropped. A second reply to the same message is refused.
+    A reply to no message of ours is dropped, and so is a second reply to the same message.
 
     Args:
         sent: client name by the id of the message it was sent.
@@ -46,16 +54,18 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
     good: dict[str, Reply] = {}
     refused: dict[str, Refusal] = {}
     for message in replies:
-        client = sent.get(message.metadata.reply_to_message_id)
-        if client is None or client in good:
+        key = message.metadata.reply_to_message_id
+        client = sent.get(key)
+        if client is None or client in good or client in refused:
             continue
         problem = _problem(client, message)
         if problem is None:
-            good[client] = Reply(client, message.content)
+            good[client] = Reply(client, message.content, key)
         else:
-            refused[client] = problem
-    for client in set(sent.values()) - set(good) - set(refused):
-        refused[client] = Refusal(client, "no reply before the deadline", missing=True)
+            refused[client] = replace(problem, message_id=key)
+    for key, client in sent.items():
+        if client not in good and client not in refused:
+            refused[client] = Refusal(client, NO_REPLY, missing=True, message_id=key)
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
 
 
@@ -77,7 +87,7 @@ def _problem(client: str, message: Message) -> Refusal | None:
     if error is None:
         return None
     kind, reason, trace = (str(error.get(key, "")) for key in ("type", "reason", "traceback"))
-    return Refusal(client, f"{kind}: {reason}", trace)
+    return Refusal(client, f"{kind[:_LONGEST_REASON]}: {reason[:_LONGEST_TRACEBACK]}", trace[-_LONGEST_TRACEBACK:])
 
 
 def _last_line(text: str) -> str:

@@ -2,7 +2,8 @@
 
 from framp_core.data.client_data import load_client, load_partition
 from framp_core.data.examples import ClientData, Examples
-from framp_core.data.images import LabelledImages
+from framp_core.data.facts import DataFacts
+from framp_core.data.images import LabelledImages, own_client
 from framp_core.data.inspect import ClientRow, DataSummary, summarise_data
 from framp_core.data.partition import ClientSplit, Partition, make_partition
 from framp_core.data.sources import ImageData, load_images
@@ -13,6 +14,7 @@ __all__ = [
     "ClientData",
     "ClientRow",
     "ClientSplit",
+    "DataFacts",
     "DataSummary",
     "Examples",
     "ImageData",
@@ -23,5 +25,6 @@ __all__ = [
     "load_images",
     "load_partition",
     "make_partition",
+    "own_client",
     "summarise_data",
 ]

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -13,14 +15,19 @@ from torch import Tensor
 
 from framp_core.config import DataConfig, FrampConfig
 from framp_core.data.examples import ClientData, Examples, batch_positions
+from framp_core.data.facts import DataFacts
 from framp_core.data.partition import ClientSplit, Partition, make_partition
 from framp_core.data.shift import Shift
-from framp_core.data.sources import ImageData, load_images
+from framp_core.data.sources import ImageData, load_images, load_own_images
 from framp_core.data.transforms import Augmentation, Normaliser
+from framp_core.errors import DataError
 from framp_core.randomness import stream
 
 AHEAD_BYTES = 2**24
 """Memory of the network inputs that training prepares ahead."""
+
+OWN_CLIENT = "own-client"
+"""Name of a client that is in no partition."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,16 +193,18 @@ def _union(config: FrampConfig, partitions: int) -> LabelledImages:
     _, pool = _pools(config, partitions)
     owners = [client for client in partition.clients if client.role == "train"]
     if config.evaluation.union_by_client:
-        return replace(pool, indices=np.concatenate([_reading_order(config, own, "test", own.test) for own in owners]))
+        return replace(
+            pool, indices=np.concatenate([_reading_order(config, own.name, "test", own.test) for own in owners])
+        )
     indices = np.sort(np.concatenate([client.test for client in owners]))
     return replace(pool, indices=stream(config.seed, "union-order").permutation(indices))
 
 
-def _reading_order(config: FrampConfig, client: ClientSplit, use: str, positions: np.ndarray) -> np.ndarray:
+def _reading_order(config: FrampConfig, client: str, use: str, positions: np.ndarray) -> np.ndarray:
     """Positions as they are read; pools may be sorted by class, which batches of neighbours must not be."""
     if not config.model.batch_statistics and config.local.reshuffle:
         return positions
-    return stream(config.seed, "reading-order", client.name, use).permutation(positions)
+    return stream(config.seed, "reading-order", client, use).permutation(positions)
 
 
 def image_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
@@ -203,7 +212,7 @@ def image_client(config: FrampConfig, partition_id: int, partitions: int) -> Cli
     images, partition = image_partition(config, partitions)
     train, test = _pools(config, partitions)
     split = partition.clients[partition_id]
-    own = replace(train, indices=_reading_order(config, split, "train", split.train))
+    own = replace(train, indices=_reading_order(config, split.name, "train", split.train))
     return ClientData(
         name=split.name,
         role=split.role,
@@ -211,9 +220,50 @@ def image_client(config: FrampConfig, partition_id: int, partitions: int) -> Cli
         classes=images.classes,
         shape=images.shape,
         train=own,
-        validation=replace(train, indices=_reading_order(config, split, "validation", split.validation)),
-        test=replace(test, indices=_reading_order(config, split, "test", split.test)),
+        validation=replace(train, indices=_reading_order(config, split.name, "validation", split.validation)),
+        test=replace(test, indices=_reading_order(config, split.name, "test", split.test)),
         union_test=_union(config, partitions),
         known=own,
         partition_digest=partition.digest,
+    )
+
+
+def own_client(config: FrampConfig, facts: DataFacts, root: Path, capacity: Fraction, digest: str) -> ClientData:
+    """A client whose images lie in a folder of its own, outside of the run's partition; it never trains.
+
+    Args:
+        config: of the run.
+        facts: what the run's images are like; their normalisation applies, not that of the folder's own images.
+        root: ``train/CLASS/*`` and, for test images, ``test/CLASS/*``; see
+            :func:`framp_core.data.sources.load_own_images`.
+        capacity: gamma.
+        digest: of the run's partition.
+
+    Raises:
+        DataError: the images cannot be read, or are not like those of the run.
+    """
+    if not (root / "train").is_dir():
+        raise DataError(f"{str(root)!r} has no folder 'train'; put the client's images into train/CLASS/")
+    assert facts.normaliser is not None
+    selections = {}
+    for split in ("train", "test"):
+        images, labels = load_own_images(root / split, facts.shape, facts.class_names, config.data.image_size)
+        order = _reading_order(config, OWN_CLIENT, split, np.arange(len(labels)))
+        selections[split] = LabelledImages(images, labels, order, facts.normaliser)
+    train, test = selections["train"], selections["test"]
+    if not len(train):
+        raise DataError(f"{str(root / 'train')!r} holds no image; a descriptor needs at least one")
+    nothing = replace(train, indices=np.zeros(0, dtype=np.int64))
+    return ClientData(
+        name=OWN_CLIENT,
+        role="unseen",
+        capacity=capacity,
+        classes=len(facts.class_names),
+        shape=facts.shape,
+        train=train,
+        validation=nothing,
+        test=test,
+        union_test=nothing,
+        known=train,
+        partition_digest=digest,
     )

@@ -181,6 +181,54 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return classes, files
 
 
+def load_own_images(
+    folder: Path, shape: tuple[int, ...], class_names: Sequence[str], image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read ``folder/<class>/*`` as images of a data set that is known from elsewhere; a class may be missing.
+
+    Args:
+        folder: a folder that is missing holds no image.
+        shape: (channels, height, width) that the images shall have.
+        class_names: name of each label; a folder must have the name of its class.
+        image_size: images are scaled and cut at the centre to a square of that side; 0: they must have their size.
+
+    Returns:
+        uint8 ``(N, C, H, W)`` and int64 ``(N,)``, class after class, the images of a class by file name.
+
+    Raises:
+        DataError: a class folder of another name, or an image that cannot be read or is of another size or colour.
+    """
+    labels = {name: label for label, name in enumerate(class_names)}
+    found = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."] if folder.is_dir() else []
+    unknown = sorted(set(found) - set(labels))
+    if unknown:
+        raise DataError(
+            f"{str(folder)!r} has a folder {unknown[0]!r}, and the run knows no such class; its classes are "
+            f"{', '.join(map(repr, class_names[:20]))}{' and so on' if len(class_names) > 20 else ''}"
+        )
+    held = {name: labels[name] for name in sorted(found, key=lambda name: labels[name])}
+    files = make_dataset(folder, held, extensions=IMG_EXTENSIONS, allow_empty=True) if held else []
+    files.sort(key=lambda file: (file[1], file[0]))
+    pixels = np.zeros((len(files), *shape), dtype=np.uint8)
+    for place, (path, _) in enumerate(files):
+        pixels[place] = _like(path, shape, image_size)
+    return pixels, np.array([label for _, label in files], dtype=np.int64)
+
+
+def _like(path: str, shape: tuple[int, ...], image_size: int) -> np.ndarray:
+    """The pixels ``(C, H, W)`` of an image that must fit a data set of this shape."""
+    image = _read(path)
+    if shape[0] == 1 and image.mode not in ("L", "1"):
+        raise DataError(f"{path!r} is in colour (mode {image.mode}) and the run's images are grey; convert it to grey")
+    image = _resized(image.convert("L" if shape[0] == 1 else "RGB"), image_size)
+    if (image.height, image.width) != shape[1:]:
+        raise DataError(
+            f"{path!r} is {image.width}x{image.height} pixels and the run's images are {shape[2]}x{shape[1]}; "
+            f"scale it to that"
+        )
+    return _channels_first(image)
+
+
 def _listed_splits(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
     (classes, train), (test_classes, test) = _listed(root / "train"), _listed(root / "test")
     for here, there, only in (

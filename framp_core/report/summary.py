@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from framp_core.config import FrampConfig
-from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, by_capacity, summarise
-from framp_core.run_folder import PRIOR_CURVE, SUMMARY, RunFolder, accuracies
+from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, accuracies, by_capacity, summarise
+from framp_core.run_folder import PRIOR_CURVE, SUMMARY, RunFolder
 
 Event = dict[str, Any]
 PARTS = ("values", "mask", "prototypes", "framing")

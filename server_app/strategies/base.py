@@ -1,7 +1,6 @@
 """The extension point: one federated loop over personalised submodels, and the hooks that methods fill in."""
 
 import logging
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from framp_core.models import build_model, initial_parameters
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
+from framp_core.run_log import about
 from framp_core.spans import span
 from server_app.recording import (
     accuracy_record,
@@ -38,6 +38,7 @@ from server_app.recording import (
     mean_record,
     read_accuracies,
     read_prior_counts,
+    read_training,
     refusal_rows,
     train_row,
 )
@@ -261,13 +262,13 @@ class SubmodelStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Update the server's state from the valid replies; the rest is refused and recorded."""
         server_round += self.rounds_done
-        sent, good, refused = self._collect(replies)
+        sent, good, refused = self._collect(server_round, replies)
         updates, rows = [], []
         for reply in good:
             try:
                 update, parts = self._read_update(sent[reply.client], reply)
             except FrampError as error:
-                refused.append(Refusal.of(reply.client, error))
+                refused.append(Refusal.of(reply.client, error, reply.message_id))
             else:
                 reply.content.config_records["framp"].clear()  # Flower keeps the replies until the round has ended.
                 updates.append(update)
@@ -312,7 +313,7 @@ class SubmodelStrategy(Strategy):
             "mask_bytes": sum(item.parts["mask"] for item in self._outbox),
             "mask_alone_bytes": sum(item.mask_alone for item in self._outbox),
         }
-        sent, good, refused = self._collect(replies)
+        sent, good, refused = self._collect(server_round, replies)
         strengths = self.config.evaluation.prior_strengths if server_round == self.config.rounds else ()
         rows: list[ClientAccuracy] = []
         curves: list[PriorCounts] = []
@@ -322,7 +323,7 @@ class SubmodelStrategy(Strategy):
                 measured = read_accuracies(client, server_round, reply.content)
                 curves += read_prior_counts(client, len(strengths), reply.content)
             except FrampError as error:
-                refused.append(Refusal.of(reply.client, error))
+                refused.append(Refusal.of(reply.client, error, reply.message_id))
             else:
                 rows += measured
         self._record("evaluate", server_round, refused, accuracies=[asdict(row) for row in rows], **bytes_down)
@@ -343,6 +344,15 @@ class SubmodelStrategy(Strategy):
         if checkpoint.round == self.config.rounds:  # It lacks its report alone, and meets no client.
             self.run.rewind(checkpoint.round, checkpoint.state["events-bytes"])
 
+    def reload(self, checkpoint: Checkpoint) -> None:
+        """Be the server that wrote a checkpoint, to generate and extract; no client is connected."""
+        self.registry.restore(checkpoint.tensors[DESCRIPTORS].numpy(), checkpoint.state["clients"])
+        self._rebuild(checkpoint, next(iter(self.registry.clients.values())))
+
+    def _rebuild(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
+        self._build(client)
+        self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
+
     def _go_on(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
         saved = checkpoint.state
         if self.registry.task != saved["task"]:
@@ -356,11 +366,11 @@ class SubmodelStrategy(Strategy):
                 f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
-        self._build(client)
-        self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
+        self._rebuild(checkpoint, client)
         self._empty_rounds = saved["empty-rounds"]
         self.run.rewind(checkpoint.round, saved["events-bytes"])
-        logger.info("resumed after round %d; Flower counts the rounds that are left", checkpoint.round)
+        text = "resumed after round %d; Flower counts the rounds that are left"
+        logger.info(text, checkpoint.round, extra=about(checkpoint.round))
 
     def _write_checkpoint(self, server_round: int) -> None:
         if server_round != self.config.rounds and server_round % self.config.output.checkpoint_every:
@@ -369,6 +379,7 @@ class SubmodelStrategy(Strategy):
         state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
         with span("server.checkpoint"):
             self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
+        logger.debug("round %d: checkpoint written", server_round, extra=about(server_round))
 
     # Shared steps -----------------------------------------------------------------------------------------------
 
@@ -476,30 +487,29 @@ class SubmodelStrategy(Strategy):
         coded = self.references.code(cut.client.name, cut.client.capacity, mask[self.layout.maskable])
         return encode_submodel(cut.theta_kept, mask, prototypes, self.layout, values, coded.code), coded.alone
 
-    def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
+    def _collect(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
         good, refused = read_replies(names, replies)
+        sent = {item.client.name: item for item in self._outbox}
         for reply in good:
             self.references.confirm(reply.client, held_reference(reply.content))
+            where = about(server_round, reply.client, reply.message_id)
+            kind = sent[reply.client].message.metadata.message_type
+            logger.debug("round %d: %s answered %s", server_round, reply.client, kind, extra=where)
         for refusal in refused:
             self.references.forget(refusal.client)
         for item in self._outbox:  # What it carried has arrived; all of them are as large as the updates to come.
             item.message.content = RecordDict()
-        return {item.client.name: item for item in self._outbox}, good, refused
+        return sent, good, refused
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
-        try:
-            blob = reply.content.config_records["framp"]["payload"]
-            metrics = reply.content.metric_records["metrics"]
-            loss, examples = float(metrics["loss"]), int(metrics["examples"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
-        if not math.isfinite(loss) or examples < 1:
-            raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
+        blob, loss, examples = read_training(reply.content)
         mask = sent.mask(self.layout.size)
         feature_size = 0 if self.slim else self._feature_size
-        update = decode_update(blob, self.layout, mask, self._classes, feature_size)  # type: ignore[arg-type]
+        update = decode_update(blob, self.layout, mask, self._classes, feature_size)
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
@@ -514,7 +524,7 @@ class SubmodelStrategy(Strategy):
                 raise ProtocolError(f"{len(updates)} valid replies, fewer than server.minimum-replies={needed}")
             return True, self.server_update(updates, server_round)
         except FrampError as error:
-            logger.warning("round %d: nothing is learnt: %s", server_round, error)
+            logger.warning("round %d: nothing is learnt: %s", server_round, error, extra=about(server_round))
             return False, {}
 
     def _keep_prototypes(self, updates: Sequence[ClientUpdate], server_round: int) -> None:
@@ -534,10 +544,14 @@ class SubmodelStrategy(Strategy):
 
     def _record(self, kind: str, server_round: int, refused: Sequence[Refusal], **fields: object) -> None:
         rows = refusal_rows(refused)
-        for row in rows:
+        for row, refusal in zip(rows, refused, strict=True):
             trace = f"\n{row['traceback']}" if "traceback" in row else ""
-            logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace)
-        self.run.event(kind, server_round, refused=rows, seconds=time.monotonic() - self._started, **fields)
+            where = about(server_round, refusal.client, refusal.message_id or None)
+            logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace, extra=where)
+        seconds = time.monotonic() - self._started
+        self.run.event(kind, server_round, refused=rows, seconds=seconds, **fields)
+        text = "round %d: %s recorded after %.2f s, %d refused"
+        logger.debug(text, server_round, kind, seconds, len(rows), extra=about(server_round))
 
 
 def _unpacked(bits: np.ndarray, size: int) -> np.ndarray:

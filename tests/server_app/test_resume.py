@@ -274,7 +274,8 @@ def test_places_may_change_and_checkpoints_too(clustered: Build, whole: Whole, t
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    """All files but the lock, and the log, where a refused attempt is noted."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "log.jsonl"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
