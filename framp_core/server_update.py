@@ -178,7 +178,7 @@ class GeneratorUpdate:
         coverage = torch.zeros_like(gradient)
         for mask, weight in zip(masks, weights, strict=True):
             coverage.add_(torch.from_numpy(mask).to(coverage.device), alpha=weight)
-        gradient.copy_(torch.where(coverage > 0, gradient / coverage, 0.0))
+        gradient.div_(coverage).masked_fill_(coverage == 0, 0.0)
 
     def _norms(self) -> dict[str, float]:
         return {
