@@ -83,6 +83,7 @@ class StandIns(Grid):
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._nodes, self._config = nodes, config
         self._asked: dict[str, Message] = {}
+        self.message_bytes = 0
         self.strategy: FrampStrategy
 
     def set_run(self, run: object) -> None:
@@ -114,11 +115,14 @@ class StandIns(Grid):
         return [self._describe(self._asked.pop(key)) for key in list(message_ids) if key in self._asked]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Updates."""
-        messages = list(messages)
-        for key in self.push_messages(messages):
+        """Updates. A message is let go once it is sent, as Flower's grids do."""
+        waiting = list(messages)
+        del messages
+        for key in self.push_messages(waiting):
             del self._asked[key]
-        return [self._train(message) for message in messages]
+        self.message_bytes = max(self.message_bytes, sum(len(_payload(message)) for message in waiting))
+        waiting.reverse()
+        return [self._train(waiting.pop()) for _ in range(len(waiting))]
 
     def _describe(self, message: Message) -> Message:
         node, sizes = message.metadata.dst_node_id, self._config.capacity.sizes
@@ -140,8 +144,7 @@ class StandIns(Grid):
     def _train(self, message: Message) -> Message:
         layout, rng = self.strategy.layout, np.random.default_rng(message.metadata.dst_node_id)
         features = self._config.model.widths[-1]
-        blob = message.content.config_records["framp"]["payload"]
-        mask = decode_submodel(blob, layout, CLASSES, features).mask  # type: ignore[arg-type]
+        mask = decode_submodel(_payload(message), layout, CLASSES, features).mask
         delta = rng.standard_normal(int(mask.sum()), dtype=np.float32)
         delta *= np.float32(1e-3)
         means = rng.standard_normal((CLASSES, features), dtype=np.float32)
@@ -149,6 +152,12 @@ class StandIns(Grid):
         update = encode_update(delta, prototypes, layout, mask, "float32", rng).blob
         metrics = MetricRecord({"loss": 1.0, "examples": 500, "steps": 100})
         return Message(RecordDict({"framp": ConfigRecord({"payload": update}), "metrics": metrics}), reply_to=message)
+
+
+def _payload(message: Message) -> bytes:
+    blob = message.content.config_records["framp"]["payload"]
+    assert isinstance(blob, bytes)
+    return blob
 
 
 class Rounds:
@@ -166,8 +175,9 @@ class Rounds:
         self._round += 1
         with recording() as marks:
             start = time.perf_counter_ns()
-            messages = self.strategy.configure_train(self._round, ArrayRecord(), ConfigRecord(), self.grid)
-            replies = self.grid.send_and_receive(messages)
+            replies = self.grid.send_and_receive(
+                self.strategy.configure_train(self._round, ArrayRecord(), ConfigRecord(), self.grid)
+            )
             self.strategy.aggregate_train(self._round, replies)
             end = time.perf_counter_ns()
         parts = divide({0: marks}, start, end)
