@@ -1,16 +1,20 @@
 """What a round costs the server: time, memory, and state per registered client.
 
-    python benchmarks/server.py [--repetitions 5] [--out runs/server.json]
+    python benchmarks/server.py [--repetitions 5] [--only memory] [--out runs/server.json]
 
 *Time and memory by generator*, at ResNet-18 size with the preset paper-cifar10: the strategy's own code makes the
 messages of 10 sampled clients (generate, mask, encode), and takes their replies (decode, aggregate: the vector-Jacobian
 product, the optimizers, the average for evaluation). Clients are stood in for by random deltas. Each generator runs in
 a process of its own; after one round to warm up, ``--repetitions`` rounds are timed. Memory is resident: ``held``
 between rounds (generator, optimizer, average), ``peak`` of the process (``ru_maxrss``), both above what it held before
-the generator was built; ``step per client`` is (peak - held) / 10 in units of the full model's float32 bytes. It
-includes the messages in both directions, which Flower holds in memory. ``memory returned``: with the environment
-variable ``MALLOC_MMAP_THRESHOLD_=1048576`` glibc gives freed blocks of a megabyte and more back to the system at once
-instead of keeping them.
+the generator was built; ``per client`` is (peak - held) / 10 in units of the full model's float32 bytes. It includes
+the messages, of which the process holds one direction at a time, as with Flower's grids: a message goes once it is
+sent. ``messages`` is the largest round's, one way. The preset's clients are of mixed sizes; in the row ``all at
+capacity 1`` every message is a full model, so that the messages alone are 1.00 per client.
+
+``peak`` is what the process had from the system, with glibc's defaults, by which freed memory is kept for later.
+``per client, returned`` is the same of another process with the environment variable
+``MALLOC_MMAP_THRESHOLD_=65536``, by which glibc gives freed arrays back at once: nearly what was in use.
 
 *Share*: against the clients' time on two cores, 10 clients times 100 local steps of batch 20 over 2. The time of a step
 is measured over ``STEPS`` steps on one core and scaled.
@@ -68,10 +72,10 @@ CLIENTS, CORES, STEPS = 10, 2, 5
 VARIANTS: dict[str, dict[str, Scalar]] = {
     **{name: {"generator.name": name} for name in GENERATORS if name != "dense"},
     "mixture, all layers": {"generator.name": "mixture", "generator.expert-scope": "all"},
+    "mixture, all at capacity 1": {"generator.name": "mixture", "capacity.sizes": "1"},
 }
 """``dense`` would have 1.4 billion parameters at ResNet-18 size and is refused."""
-RETURNED = ("modulated", "mixture")
-RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 PARTS = ("server.generate", "server.mask", "server.encode", "server.decode", "server.aggregate")
 REGISTRY: dict[str, Scalar] = {"model.name": "conv", "model.widths": "32,64", "server.clients-per-round": 100}
 
@@ -203,6 +207,7 @@ def measure_generator(variant: str, repetitions: int) -> dict[str, Any]:
         "total": Spread.of(sum(each.values()) for each in seconds),
         "held_bytes": held - before,
         "peak_bytes": peak - before,
+        "message_bytes": rounds.grid.message_bytes,
         "step_per_client": (peak - held) / CLIENTS / model,
     }
 
@@ -273,25 +278,32 @@ def in_new_process(what: str, argument: str, repetitions: int, **environment: st
     return row
 
 
-def generator_table(rows: list[dict[str, Any]], step: Spread) -> Table:
-    """Time, share and memory by generator."""
-    client_seconds = CLIENTS * 100 * step.median / CORES
+def generator_table(rows: list[dict[str, Any]], step: Spread | None) -> Table:
+    """Time, share and memory by generator; without the clients' time no share."""
     table = Table(
         "generator", "parameters", *(name.partition(".")[2] for name in PARTS), "server step, s", "share", "held",
-        "peak", "step per client",
-        title=f"A round of {CLIENTS} clients of ResNet-18; their time is {client_seconds:,.0f} s on {CORES} cores, "
-        f"from {step.text(3)} s per step, scaled; memory in models of {4 * rows[0]['model_parameters'] / 1e6:.1f} MB",
+        "peak", "messages", "per client", "per client, returned",
+        title=f"A round of {CLIENTS} clients of ResNet-18; memory in models of "
+        f"{4 * rows[0]['model_parameters'] / 1e6:.1f} MB",
     )  # fmt: skip
+    if step is not None:
+        seconds = f"{_client_seconds(step):,.0f} s on {CORES} cores, from {step.text(3)} s per step, scaled"
+        table.caption = f"The clients' time is {seconds}"
     for row in rows:
         model, total = 4 * row["model_parameters"], Spread(**row["total"])
-        row["share"] = total.median / client_seconds
+        row["share"] = step and total.median / _client_seconds(step)
         table.add_row(
             row["generator"], f"{row['generator_parameters'] / 1e6:.2f} M",
             *(f"{row['seconds'][name]['median']:.2f}" for name in PARTS), total.text(),
-            f"{row['share']:.2%}", f"{row['held_bytes'] / model:.2f}", f"{row['peak_bytes'] / model:.2f}",
-            f"{row['step_per_client']:.2f}",
+            "-" if row["share"] is None else f"{row['share']:.2%}", f"{row['held_bytes'] / model:.2f}",
+            f"{row['peak_bytes'] / model:.2f}", f"{row['message_bytes'] / model:.2f}",
+            f"{row['step_per_client']:.2f}", f"{row['returned_step_per_client']:.2f}",
         )  # fmt: skip
     return table
+
+
+def _client_seconds(step: Spread) -> float:
+    return CLIENTS * 100 * step.median / CORES
 
 
 def registry_table(rows: list[dict[str, Any]]) -> Table:
@@ -312,6 +324,7 @@ def main() -> None:
     """Print the tables and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--only", choices=["memory"], help="leave out the clients' time and the registry")
     parser.add_argument("--out", type=Path, default=Path("runs/server.json"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -324,7 +337,7 @@ def main() -> None:
         )
         print(json.dumps(row, default=vars))
         return
-    step = measure_client(given.repetitions)
+    step = None if given.only else measure_client(given.repetitions)
     generators: list[dict[str, Any]] = []
     registered: list[dict[str, Any]] = []
 
@@ -332,16 +345,18 @@ def main() -> None:
         """After every row, so that a late failure loses none."""
         write_result(given.out, given.repetitions, step_seconds=step, generators=generators, registered=registered)
 
-    for nodes in (1_000, 10_000):
+    for nodes in () if given.only else (1_000, 10_000):
         registered.append(in_new_process("registry", str(nodes), given.repetitions))
         keep()
-    for variant, environment in [*((name, {}) for name in VARIANTS), *((name, RETURNED_MEMORY) for name in RETURNED)]:
-        row = in_new_process("generator", variant, given.repetitions, **environment)
-        generators.append({**row, "generator": f"{variant}, memory returned" if environment else variant})
+    for variant in VARIANTS:
+        row = in_new_process("generator", variant, given.repetitions)
+        returned = in_new_process("generator", variant, given.repetitions, **RETURNED_MEMORY)
+        generators.append({**row, "returned_step_per_client": returned["step_per_client"]})
         keep()
     console = Console(width=200)
-    for table in (generator_table(generators, step), registry_table(registered)):
-        console.print(table)
+    console.print(generator_table(generators, step))
+    if registered:
+        console.print(registry_table(registered))
     keep()
 
 
