@@ -159,7 +159,10 @@ class StandIns(Grid):
 
 
 def _payload(message: Message) -> bytes:
-    blob = message.content.config_records["framp"]["payload"]
+    # Not through ``config_records``: that makes a cycle of the content, which would stay until it is collected.
+    record = message.content["framp"]
+    assert isinstance(record, ConfigRecord)
+    blob = record["payload"]
     assert isinstance(blob, bytes)
     return blob
 
