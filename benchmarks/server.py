@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framp.profiling import divide
-from framp_core.codec import decode_submodel, encode_descriptor, encode_update
+from framp_core.codec import encode_descriptor, encode_update
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data.examples import ClientData
@@ -61,6 +61,7 @@ from framp_core.data.transforms import Normaliser
 from framp_core.generators import GENERATORS
 from framp_core.local_training import train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.run_folder import RunFolder
 from framp_core.spans import recording
@@ -81,12 +82,17 @@ REGISTRY: dict[str, Scalar] = {"model.name": "conv", "model.widths": "32,64", "s
 
 
 class StandIns(Grid):
-    """Nodes that describe themselves and train to a random delta; nothing of them lasts."""
+    """Nodes that describe themselves and train to a random delta.
+
+    They live in the server's process, so they take their masks from the server rather than decode what they are sent:
+    what decoding leaves behind would count as the server's.
+    """
 
     def __init__(self, nodes: int, config: FrampConfig) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._nodes, self._config = nodes, config
         self._asked: dict[str, Message] = {}
+        self._masks: dict[int, PackedMask] = {}
         self.message_bytes = 0
         self.strategy: FrampStrategy
 
@@ -125,6 +131,7 @@ class StandIns(Grid):
         for key in self.push_messages(waiting):
             del self._asked[key]
         self.message_bytes = max(self.message_bytes, sum(len(_payload(message)) for message in waiting))
+        self._masks = {item.client.node_id: item.mask for item in self.strategy._outbox}
         waiting.reverse()
         return [self._train(waiting.pop()) for _ in range(len(waiting))]
 
@@ -148,7 +155,7 @@ class StandIns(Grid):
     def _train(self, message: Message) -> Message:
         layout, rng = self.strategy.layout, np.random.default_rng(message.metadata.dst_node_id)
         features = self._config.model.widths[-1]
-        mask = decode_submodel(_payload(message), layout, CLASSES, features).mask
+        mask = self._masks[message.metadata.dst_node_id].kept()
         delta = rng.standard_normal(int(mask.sum()), dtype=np.float32)
         delta *= np.float32(1e-3)
         means = rng.standard_normal((CLASSES, features), dtype=np.float32)
