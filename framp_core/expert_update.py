@@ -105,7 +105,7 @@ def _compare(
 ) -> tuple[float, float]:
     """Fill in the differences ``(K, size)`` of one tensor; return its two sums of squares of F."""
     between, within = [], []
-    for part, filled in zip(_blocks(where), difference.split(BLOCK, dim=1), strict=True):
+    for part, filled in zip(_blocks(where), torch.split(difference, BLOCK, dim=1), strict=True):
         delta, held = (torch.from_numpy(columns(vectors, part)).to(shares) for vectors in (deltas, masks))
         found, *squares = _between_and_within(shares, delta, held)
         filled.copy_(found)

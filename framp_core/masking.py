@@ -49,7 +49,9 @@ def global_top_k(scores: np.ndarray, layout: ParameterLayout, k: int) -> np.ndar
         NonFiniteError: a score is NaN or infinite.
     """
     _check(scores, layout, k)
-    return _largest(scores, k, layout.maskable) | ~layout.maskable
+    mask = _largest(scores, k, layout.maskable)
+    mask |= ~layout.maskable
+    return mask
 
 
 def layer_top_k(scores: np.ndarray, layout: ParameterLayout, k: int) -> np.ndarray:
