@@ -1,16 +1,20 @@
 """What a round costs the server: time, memory, and state per registered client.
 
-    python benchmarks/server.py [--repetitions 5] [--out runs/server.json]
+    python benchmarks/server.py [--repetitions 5] [--only memory] [--out runs/server.json]
 
 *Time and memory by generator*, at ResNet-18 size with the preset paper-cifar10: the strategy's own code makes the
 messages of 10 sampled clients (generate, mask, encode), and takes their replies (decode, aggregate: the vector-Jacobian
 product, the optimizers, the average for evaluation). Clients are stood in for by random deltas. Each generator runs in
 a process of its own; after one round to warm up, ``--repetitions`` rounds are timed. Memory is resident: ``held``
 between rounds (generator, optimizer, average), ``peak`` of the process (``ru_maxrss``), both above what it held before
-the generator was built; ``step per client`` is (peak - held) / 10 in units of the full model's float32 bytes. It
-includes the messages in both directions, which Flower holds in memory. ``memory returned``: with the environment
-variable ``MALLOC_MMAP_THRESHOLD_=1048576`` glibc gives freed blocks of a megabyte and more back to the system at once
-instead of keeping them.
+the generator was built; ``per client`` is (peak - held) / 10 in units of the full model's float32 bytes. It includes
+the messages, of which the process holds one direction at a time, as with Flower's grids: a message goes once it is
+sent. ``messages`` is the largest round's, one way. The preset's clients are of mixed sizes; in the row ``all at
+capacity 1`` every message is a full model, so that the messages alone are 1.00 per client.
+
+``peak`` is what the process had from the system, with glibc's defaults, by which freed memory is kept for later.
+``per client, returned`` is the same of another process with the environment variable
+``MALLOC_MMAP_THRESHOLD_=65536``, by which glibc gives freed arrays back at once: nearly what was in use.
 
 *Share*: against the clients' time on two cores, 10 clients times 100 local steps of batch 20 over 2. The time of a step
 is measured over ``STEPS`` steps on one core and scaled.
@@ -48,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framp.profiling import divide
-from framp_core.codec import decode_submodel, encode_descriptor, encode_update
+from framp_core.codec import encode_descriptor, encode_update
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data.examples import ClientData
@@ -57,6 +61,7 @@ from framp_core.data.transforms import Normaliser
 from framp_core.generators import GENERATORS
 from framp_core.local_training import train_locally
 from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.run_folder import RunFolder
 from framp_core.spans import recording
@@ -68,21 +73,27 @@ CLIENTS, CORES, STEPS = 10, 2, 5
 VARIANTS: dict[str, dict[str, Scalar]] = {
     **{name: {"generator.name": name} for name in GENERATORS if name != "dense"},
     "mixture, all layers": {"generator.name": "mixture", "generator.expert-scope": "all"},
+    "mixture, all at capacity 1": {"generator.name": "mixture", "capacity.sizes": "1"},
 }
 """``dense`` would have 1.4 billion parameters at ResNet-18 size and is refused."""
-RETURNED = ("modulated", "mixture")
-RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 PARTS = ("server.generate", "server.mask", "server.encode", "server.decode", "server.aggregate")
 REGISTRY: dict[str, Scalar] = {"model.name": "conv", "model.widths": "32,64", "server.clients-per-round": 100}
 
 
 class StandIns(Grid):
-    """Nodes that describe themselves and train to a random delta; nothing of them lasts."""
+    """Nodes that describe themselves and train to a random delta.
+
+    They live in the server's process, so they take their masks from the server rather than decode what they are sent:
+    what decoding leaves behind would count as the server's.
+    """
 
     def __init__(self, nodes: int, config: FrampConfig) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._nodes, self._config = nodes, config
         self._asked: dict[str, Message] = {}
+        self._masks: dict[int, PackedMask] = {}
+        self.message_bytes = 0
         self.strategy: FrampStrategy
 
     def set_run(self, run: object) -> None:
@@ -114,11 +125,15 @@ class StandIns(Grid):
         return [self._describe(self._asked.pop(key)) for key in list(message_ids) if key in self._asked]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Updates."""
-        messages = list(messages)
-        for key in self.push_messages(messages):
+        """Updates. A message is let go once it is sent, as Flower's grids do."""
+        waiting = list(messages)
+        del messages
+        for key in self.push_messages(waiting):
             del self._asked[key]
-        return [self._train(message) for message in messages]
+        self.message_bytes = max(self.message_bytes, sum(len(_payload(message)) for message in waiting))
+        self._masks = {item.client.node_id: item.mask for item in self.strategy._outbox}
+        waiting.reverse()
+        return [self._train(waiting.pop()) for _ in range(len(waiting))]
 
     def _describe(self, message: Message) -> Message:
         node, sizes = message.metadata.dst_node_id, self._config.capacity.sizes
@@ -140,8 +155,7 @@ class StandIns(Grid):
     def _train(self, message: Message) -> Message:
         layout, rng = self.strategy.layout, np.random.default_rng(message.metadata.dst_node_id)
         features = self._config.model.widths[-1]
-        blob = message.content.config_records["framp"]["payload"]
-        mask = decode_submodel(blob, layout, CLASSES, features).mask  # type: ignore[arg-type]
+        mask = self._masks[message.metadata.dst_node_id].kept()
         delta = rng.standard_normal(int(mask.sum()), dtype=np.float32)
         delta *= np.float32(1e-3)
         means = rng.standard_normal((CLASSES, features), dtype=np.float32)
@@ -149,6 +163,15 @@ class StandIns(Grid):
         update = encode_update(delta, prototypes, layout, mask, "float32", rng).blob
         metrics = MetricRecord({"loss": 1.0, "examples": 500, "steps": 100})
         return Message(RecordDict({"framp": ConfigRecord({"payload": update}), "metrics": metrics}), reply_to=message)
+
+
+def _payload(message: Message) -> bytes:
+    # Not through ``config_records``: that makes a cycle of the content, which would stay until it is collected.
+    record = message.content["framp"]
+    assert isinstance(record, ConfigRecord)
+    blob = record["payload"]
+    assert isinstance(blob, bytes)
+    return blob
 
 
 class Rounds:
@@ -166,8 +189,9 @@ class Rounds:
         self._round += 1
         with recording() as marks:
             start = time.perf_counter_ns()
-            messages = self.strategy.configure_train(self._round, ArrayRecord(), ConfigRecord(), self.grid)
-            replies = self.grid.send_and_receive(messages)
+            replies = self.grid.send_and_receive(
+                self.strategy.configure_train(self._round, ArrayRecord(), ConfigRecord(), self.grid)
+            )
             self.strategy.aggregate_train(self._round, replies)
             end = time.perf_counter_ns()
         parts = divide({0: marks}, start, end)
@@ -193,6 +217,7 @@ def measure_generator(variant: str, repetitions: int) -> dict[str, Any]:
         "total": Spread.of(sum(each.values()) for each in seconds),
         "held_bytes": held - before,
         "peak_bytes": peak - before,
+        "message_bytes": rounds.grid.message_bytes,
         "step_per_client": (peak - held) / CLIENTS / model,
     }
 
@@ -263,25 +288,32 @@ def in_new_process(what: str, argument: str, repetitions: int, **environment: st
     return row
 
 
-def generator_table(rows: list[dict[str, Any]], step: Spread) -> Table:
-    """Time, share and memory by generator."""
-    client_seconds = CLIENTS * 100 * step.median / CORES
+def generator_table(rows: list[dict[str, Any]], step: Spread | None) -> Table:
+    """Time, share and memory by generator; without the clients' time no share."""
     table = Table(
         "generator", "parameters", *(name.partition(".")[2] for name in PARTS), "server step, s", "share", "held",
-        "peak", "step per client",
-        title=f"A round of {CLIENTS} clients of ResNet-18; their time is {client_seconds:,.0f} s on {CORES} cores, "
-        f"from {step.text(3)} s per step, scaled; memory in models of {4 * rows[0]['model_parameters'] / 1e6:.1f} MB",
+        "peak", "messages", "per client", "per client, returned",
+        title=f"A round of {CLIENTS} clients of ResNet-18; memory in models of "
+        f"{4 * rows[0]['model_parameters'] / 1e6:.1f} MB",
     )  # fmt: skip
+    if step is not None:
+        seconds = f"{_client_seconds(step):,.0f} s on {CORES} cores, from {step.text(3)} s per step, scaled"
+        table.caption = f"The clients' time is {seconds}"
     for row in rows:
         model, total = 4 * row["model_parameters"], Spread(**row["total"])
-        row["share"] = total.median / client_seconds
+        row["share"] = step and total.median / _client_seconds(step)
         table.add_row(
             row["generator"], f"{row['generator_parameters'] / 1e6:.2f} M",
             *(f"{row['seconds'][name]['median']:.2f}" for name in PARTS), total.text(),
-            f"{row['share']:.2%}", f"{row['held_bytes'] / model:.2f}", f"{row['peak_bytes'] / model:.2f}",
-            f"{row['step_per_client']:.2f}",
+            "-" if row["share"] is None else f"{row['share']:.2%}", f"{row['held_bytes'] / model:.2f}",
+            f"{row['peak_bytes'] / model:.2f}", f"{row['message_bytes'] / model:.2f}",
+            f"{row['step_per_client']:.2f}", f"{row['returned_step_per_client']:.2f}",
         )  # fmt: skip
     return table
+
+
+def _client_seconds(step: Spread) -> float:
+    return CLIENTS * 100 * step.median / CORES
 
 
 def registry_table(rows: list[dict[str, Any]]) -> Table:
@@ -302,6 +334,7 @@ def main() -> None:
     """Print the tables and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--only", choices=["memory"], help="leave out the clients' time and the registry")
     parser.add_argument("--out", type=Path, default=Path("runs/server.json"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -314,7 +347,7 @@ def main() -> None:
         )
         print(json.dumps(row, default=vars))
         return
-    step = measure_client(given.repetitions)
+    step = None if given.only else measure_client(given.repetitions)
     generators: list[dict[str, Any]] = []
     registered: list[dict[str, Any]] = []
 
@@ -322,16 +355,18 @@ def main() -> None:
         """After every row, so that a late failure loses none."""
         write_result(given.out, given.repetitions, step_seconds=step, generators=generators, registered=registered)
 
-    for nodes in (1_000, 10_000):
+    for nodes in () if given.only else (1_000, 10_000):
         registered.append(in_new_process("registry", str(nodes), given.repetitions))
         keep()
-    for variant, environment in [*((name, {}) for name in VARIANTS), *((name, RETURNED_MEMORY) for name in RETURNED)]:
-        row = in_new_process("generator", variant, given.repetitions, **environment)
-        generators.append({**row, "generator": f"{variant}, memory returned" if environment else variant})
+    for variant in VARIANTS:
+        row = in_new_process("generator", variant, given.repetitions)
+        returned = in_new_process("generator", variant, given.repetitions, **RETURNED_MEMORY)
+        generators.append({**row, "returned_step_per_client": returned["step_per_client"]})
         keep()
     console = Console(width=200)
-    for table in (generator_table(generators, step), registry_table(registered)):
-        console.print(table)
+    console.print(generator_table(generators, step))
+    if registered:
+        console.print(registry_table(registered))
     keep()
 
 

@@ -5,6 +5,8 @@ from typing import overload
 
 import numpy as np
 
+from framp_core.packed_mask import Masks, PackedMask
+
 
 def dense(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Spread the values at the kept positions over all n, float32 ``(n,)``, zero where nothing was kept."""
@@ -18,10 +20,10 @@ class KeptDeltas(Sequence[np.ndarray]):
 
     Args:
         kept: Delta_i at the kept positions, float32 ``(m_i.sum(),)``.
-        masks: m_i, bool ``(n,)``.
+        masks: m_i over n positions.
     """
 
-    def __init__(self, kept: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> None:
+    def __init__(self, kept: Sequence[np.ndarray], masks: Sequence[PackedMask]) -> None:
         self._kept = kept
         self._masks = masks
 
@@ -35,19 +37,19 @@ class KeptDeltas(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> "np.ndarray | KeptDeltas":
         if isinstance(index, slice):
             return KeptDeltas(self._kept[index], self._masks[index])
-        return dense(self._kept[index], self._masks[index])
+        return dense(self._kept[index], self._masks[index].kept())
 
     def columns(self, where: slice) -> np.ndarray:
         """A part of all deltas, float32 ``(len(self), where.stop - where.start)``."""
         part = np.zeros((len(self), where.stop - where.start), dtype=np.float32)
         for row, kept, mask in zip(part, self._kept, self._masks, strict=True):
-            first, held = np.count_nonzero(mask[: where.start]), mask[where]
+            first, held = mask.count_before(where.start), mask.part(where)
             row[held] = kept[first : first + np.count_nonzero(held)]
         return part
 
 
 def columns(vectors: Sequence[np.ndarray], where: slice) -> np.ndarray:
     """A part of all vectors, ``(len(vectors), where.stop - where.start)``."""
-    if isinstance(vectors, KeptDeltas):
+    if isinstance(vectors, KeptDeltas | Masks):
         return vectors.columns(where)
     return np.stack([vector[where] for vector in vectors])

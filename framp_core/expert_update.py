@@ -1,6 +1,6 @@
 """How experts learn: the difference of a cluster from the rest, as far as it is more than noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from framp_core.generators import Mixture
 
 SMOOTHING = 0.95
 """Share of the past in the running sums of squares, over rounds."""
+BLOCK = 2**17
+"""Coordinates that are compared at once, which bounds the memory whatever the size of a tensor."""
 
 
 class ExpertUpdate:
@@ -65,13 +67,13 @@ class ExpertUpdate:
         shares = self.generator.shares(descriptors.to(experts.device)).detach()
         found = {}
         for number, slot in enumerate(self.generator.scope):
-            delta, held = (torch.from_numpy(columns(vectors, slot.slice)).to(experts) for vectors in (deltas, masks))
-            difference, between, within = _between_and_within(shares, delta, held)
+            start = slot.offset - self.generator.scope[0].offset
+            difference = gradient[:, start : start + slot.size]
+            between, within = _compare(shares, deltas, masks, slot.slice, difference)
             self.between[number] = SMOOTHING * self.between[number] + between
             self.within[number] = SMOOTHING * self.within[number] + within
             share = self._share(number)
-            start = slot.offset - self.generator.scope[0].offset
-            gradient[:, start : start + slot.size] = -share * difference
+            difference *= -share
             found[f"expert_share.{slot.name}"] = share
         experts.grad = gradient
         return found
@@ -98,8 +100,27 @@ class ExpertUpdate:
         return 1 - 1 / (1 + self.memory * excess)
 
 
-def _between_and_within(shares: Tensor, delta: Tensor, held: Tensor) -> tuple[Tensor, float, float]:
-    """Differences of the clusters from the mean of all, and the two sums of squares of F.
+def _compare(
+    shares: Tensor, deltas: Sequence[np.ndarray], masks: Sequence[np.ndarray], where: slice, difference: Tensor
+) -> tuple[float, float]:
+    """Fill in the differences ``(K, size)`` of one tensor; return its two sums of squares of F."""
+    between, within = [], []
+    for part, filled in zip(_blocks(where), torch.split(difference, BLOCK, dim=1), strict=True):
+        delta, held = (torch.from_numpy(columns(vectors, part)).to(shares) for vectors in (deltas, masks))
+        found, *squares = _between_and_within(shares, delta, held)
+        filled.copy_(found)
+        between.append(squares[0])
+        within.append(squares[1])
+    return float(torch.cat(between).sum()), float(torch.cat(within).sum())
+
+
+def _blocks(where: slice) -> Iterator[slice]:
+    for start in range(where.start, where.stop, BLOCK):
+        yield slice(start, min(start + BLOCK, where.stop))
+
+
+def _between_and_within(shares: Tensor, delta: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Differences of the clusters from the mean of all, and the terms of the two sums of squares of F.
 
     Args:
         shares: one-hot cluster of each client, ``(c, K)``.
@@ -107,8 +128,8 @@ def _between_and_within(shares: Tensor, delta: Tensor, held: Tensor) -> tuple[Te
         held: 1 where held, ``(c, size)``.
 
     Returns:
-        ``mean_k - mean``, ``(K, size)``, 0 where no client of the cluster holds the coordinate; sum of B_j and sum of
-        W_j b_j / w_j, over the coordinates where both have degrees of freedom.
+        ``mean_k - mean``, ``(K, size)``, 0 where no client of the cluster holds the coordinate; B_j and W_j b_j / w_j
+        of the coordinates where both have degrees of freedom.
     """
     counts = shares.T @ held
     means = shares.T @ delta / counts.clamp_min(1)
@@ -121,4 +142,4 @@ def _between_and_within(shares: Tensor, delta: Tensor, held: Tensor) -> tuple[Te
     between = (counts * difference.double().square()).sum(dim=0)[known]
     within = (held * (delta - shares @ means).double().square()).sum(dim=0)[known]
     expected = within * between_freedom[known] / within_freedom[known]
-    return difference, float(between.sum()), float(expected.sum())
+    return difference, between, expected

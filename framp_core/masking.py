@@ -49,7 +49,7 @@ def global_top_k(scores: np.ndarray, layout: ParameterLayout, k: int) -> np.ndar
         NonFiniteError: a score is NaN or infinite.
     """
     _check(scores, layout, k)
-    mask = _largest(np.where(layout.maskable, scores, -np.inf), k)
+    mask = _largest(scores, k, layout.maskable)
     mask |= ~layout.maskable
     return mask
 
@@ -77,7 +77,7 @@ def layer_top_k(scores: np.ndarray, layout: ParameterLayout, k: int) -> np.ndarr
     layers = [slot for slot in layout.slots if slot.maskable]
     shares = largest_remainder(k, np.array([slot.size for slot in layers]))
     for slot, share in zip(layers, shares, strict=True):
-        mask[slot.slice] = _largest(scores[slot.slice], int(share))
+        mask[slot.slice] = _largest(scores[slot.slice], int(share), layout.maskable[slot.slice])
     return mask
 
 
@@ -112,13 +112,16 @@ def extract(
     return select(scores(theta, layout, config.fan_in_exponent), layout, k)
 
 
-def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Mark the first k in the order (value descending, index ascending)."""
+def _largest(values: np.ndarray, k: int, eligible: np.ndarray) -> np.ndarray:
+    """Mark the first k of the eligible values in the order (value descending, index ascending)."""
     if k == 0:
         return np.zeros(values.size, dtype=bool)
-    threshold = np.partition(values, values.size - k)[values.size - k]
-    kept: np.ndarray = values > threshold
-    tied = np.flatnonzero(values == threshold)
+    ranked = values[eligible]
+    place = ranked.size - k
+    ranked.partition(place)
+    threshold = ranked[place]
+    kept: np.ndarray = (values > threshold) & eligible
+    tied = np.flatnonzero((values == threshold) & eligible)
     kept[tied[: k - np.count_nonzero(kept)]] = True
     return kept
 

@@ -151,19 +151,29 @@ class GeneratorUpdate:
         return [count / sum(examples) for count in examples]
 
     def _set_gradients(self, descriptors: Tensor, deltas: Sequence[np.ndarray], weights: Sequence[float]) -> None:
-        theta_0 = self.generator.theta_0
         parameters = self._learning_by_product()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        for first, last in _groups(len(deltas), theta_0.numel()):
-            cotangents = torch.empty((last - first, theta_0.numel()), device=theta_0.device)
-            for row, index in zip(cotangents, range(first, last), strict=True):
-                row.copy_(torch.from_numpy(deltas[index]))
-            cotangents *= -torch.tensor(weights[first:last], device=theta_0.device)[:, None]
-            gradients = self.generator.vjp(descriptors[first:last].to(theta_0.device), cotangents, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                assert parameter.grad is not None
-                parameter.grad += gradient
+        for first, last in _groups(len(deltas), self.generator.theta_0.numel()):
+            self._add_product(descriptors[first:last], deltas[first:last], weights[first:last], parameters)
+
+    def _add_product(
+        self,
+        descriptors: Tensor,
+        deltas: Sequence[np.ndarray],
+        weights: Sequence[float],
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        """Add one group's part of the gradients; what it takes is free again before the next group begins."""
+        theta_0 = self.generator.theta_0
+        cotangents = torch.empty((len(deltas), theta_0.numel()), device=theta_0.device)
+        for index, row in enumerate(cotangents):
+            row.copy_(torch.from_numpy(deltas[index]))
+        cotangents *= -torch.tensor(weights, device=theta_0.device)[:, None]
+        gradients = self.generator.vjp(descriptors.to(theta_0.device), cotangents, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            assert parameter.grad is not None
+            parameter.grad += gradient
 
     def _learning_by_product(self) -> list[nn.Parameter]:
         """Parameters whose gradient is the plain product; that of the experts would only be replaced."""
@@ -178,7 +188,7 @@ class GeneratorUpdate:
         coverage = torch.zeros_like(gradient)
         for mask, weight in zip(masks, weights, strict=True):
             coverage.add_(torch.from_numpy(mask).to(coverage.device), alpha=weight)
-        gradient.copy_(torch.where(coverage > 0, gradient / coverage, 0.0))
+        gradient.div_(coverage).masked_fill_(coverage == 0, 0.0)
 
     def _norms(self) -> dict[str, float]:
         return {

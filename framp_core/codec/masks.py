@@ -20,43 +20,25 @@ renewed    name of the reference held; flips of a new one against it; flips of t
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from framp_core.codec.bits import Partition, decode_bits, encode_bits
 from framp_core.errors import ProtocolError, TruncatedMessageError, UnknownReferenceError
+from framp_core.packed_mask import PackedMask
 
 _ALONE, _HELD, _GIVEN, _RENEWED = range(4)
 _UINT32 = struct.Struct("<I")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A mask that server and client both hold.
-
-    Attributes:
-        bits: uint8 ``(ceil(m / 8),)``, ``numpy.packbits`` of the mask over the maskable weights.
-        size: m.
-    """
-
-    bits: np.ndarray
-    size: int
-
-    @classmethod
-    def of(cls, kept: np.ndarray) -> "Reference":
-        """The reference that keeps the weights in ``kept``, bool ``(m,)``."""
-        return cls(np.packbits(kept), kept.size)
+class Reference(PackedMask):
+    """A mask over the maskable weights that server and client both hold."""
 
     @cached_property
     def name(self) -> int:
         """CRC-32 of the bits. Two ends that mean different masks by one name would go apart silently."""
         return zlib.crc32(self.bits.tobytes())
-
-    def kept(self) -> np.ndarray:
-        """The mask, bool ``(m,)``."""
-        return np.unpackbits(self.bits, count=self.size).view(np.bool_)
 
 
 def encode_mask(kept: np.ndarray, sizes: Sequence[int]) -> bytes:

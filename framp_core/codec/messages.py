@@ -95,16 +95,50 @@ def encode_submodel(
     Raises:
         MaskMismatchError: mask, values and layout do not fit together.
     """
-    sizes = _kept_sizes(mask, layout)
+    return assemble_submodel(
+        encode_kept(theta_kept, mask, layout, value_format), mask, prototypes, layout, value_format, mask_code
+    )
+
+
+def encode_kept(
+    kept: np.ndarray,
+    mask: np.ndarray,
+    layout: ParameterLayout,
+    value_format: ValueFormat,
+    rng: np.random.Generator | None = None,
+) -> bytes:
+    """The part ``values`` of a message: numbers at the kept positions.
+
+    Args:
+        kept: float32 ``(mask.sum(),)``, such as ``theta[mask]``.
+        mask: bool ``(n,)``.
+        layout: description of the full vector.
+        value_format: how the numbers are written.
+        rng: stream for the stochastic rounding of int8; None rounds to nearest.
+
+    Raises:
+        MaskMismatchError: mask, numbers and layout do not fit together.
+    """
+    return encode_values(kept, value_format, _kept_sizes(mask, layout), rng)
+
+
+def assemble_submodel(
+    values: bytes,
+    mask: np.ndarray,
+    prototypes: Prototypes | None,
+    layout: ParameterLayout,
+    value_format: ValueFormat,
+    mask_code: bytes | None = None,
+) -> Encoded:
+    """:func:`encode_submodel` for weights that :func:`encode_kept` has written already.
+
+    Raises:
+        MaskMismatchError: the mask drops what is always kept.
+    """
     if not mask[~layout.maskable].all():
         raise MaskMismatchError("the mask drops parameters that are always kept; start it from ~layout.maskable")
-    return pack(
-        SUBMODEL,
-        value_format,
-        encode_values(theta_kept, value_format, sizes),
-        mask_code or encode_mask_part(mask[layout.maskable], layout.maskable_sizes),
-        encode_prototypes(prototypes),
-    )
+    code = mask_code or encode_mask_part(mask[layout.maskable], layout.maskable_sizes)
+    return pack(SUBMODEL, value_format, values, code, encode_prototypes(prototypes))
 
 
 def decode_submodel(
@@ -167,7 +201,15 @@ def encode_slim(
     Raises:
         MaskMismatchError: mask, values and layout do not fit together, or channels are kept in part.
     """
-    values = encode_values(theta_kept, value_format, _kept_sizes(mask, layout))
+    return assemble_slim(encode_kept(theta_kept, mask, layout, value_format), mask, layout, value_format)
+
+
+def assemble_slim(values: bytes, mask: np.ndarray, layout: ParameterLayout, value_format: ValueFormat) -> Encoded:
+    """:func:`encode_slim` for weights that :func:`encode_kept` has written already.
+
+    Raises:
+        MaskMismatchError: channels are kept in part.
+    """
     return pack(SLIM, value_format, values, encode_mask(selection_of(layout, mask), list(layout.hidden.values())))
 
 
@@ -217,7 +259,7 @@ def encode_update(
     Raises:
         MaskMismatchError: mask, values and layout do not fit together.
     """
-    values = encode_values(delta_kept, value_format, _kept_sizes(mask, layout), rng)
+    values = encode_kept(delta_kept, mask, layout, value_format, rng)
     return pack(UPDATE, value_format, values, encode_prototypes(prototypes))
 
 

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from framp_core.checkpoints import Checkpoint
-from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
+from framp_core.codec import decode_update
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.deltas import dense
@@ -26,6 +26,7 @@ from framp_core.mask_statistics import mask_statistics
 from framp_core.masking import extract
 from framp_core.metrics import ClientAccuracy, PriorCounts
 from framp_core.models import build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
@@ -45,6 +46,7 @@ from server_app.recording import (
 from server_app.registry import ClientRecord, ClientRegistry
 from server_app.replies import Refusal, Reply, held_reference, read_replies
 from server_app.resume import origin
+from server_app.sending import Cut, Outgoing, SubmodelEncoder, drained
 
 logger = logging.getLogger("flwr.framp")
 ALIGNED_ROUND = 2
@@ -60,7 +62,7 @@ class ClientUpdate:
 
     Attributes:
         client: who sent it.
-        mask: kept positions, bool ``(n,)``.
+        packed_mask: kept positions of all n.
         delta: trained minus received weights on the kept positions, float32 ``(mask.sum(),)``.
         prototypes: local prototypes; without features (f = 0) from a client that trained a slim network.
         loss: mean training loss.
@@ -68,45 +70,20 @@ class ClientUpdate:
     """
 
     client: ClientRecord
-    mask: np.ndarray
+    packed_mask: PackedMask
     delta: np.ndarray
     prototypes: Prototypes
     loss: float
     examples: int
 
+    @property
+    def mask(self) -> np.ndarray:
+        """Kept positions, bool ``(n,)``, unpacked anew each time."""
+        return self.packed_mask.kept()
+
     def dense_delta(self) -> np.ndarray:
         """Delta over all n positions, zero where nothing was kept."""
         return dense(self.delta, self.mask)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A client's submodel before it is encoded.
-
-    Masks wait as bits: an evaluation of a hundred ResNets would otherwise hold a gigabyte of booleans.
-    """
-
-    client: ClientRecord
-    theta_kept: np.ndarray
-    mask_bits: np.ndarray
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A message on its way: to whom, with which mask, at which cost. Flower fills in the message's id on sending.
-
-    ``mask_alone`` is what the mask would have cost without a reference.
-    """
-
-    message: Message
-    client: ClientRecord
-    mask_bits: np.ndarray
-    parts: dict[str, int]
-    mask_alone: int
-
-    def mask(self, size: int) -> np.ndarray:
-        """Kept positions, bool ``(size,)``."""
-        return _unpacked(self.mask_bits, size)
 
 
 class SubmodelStrategy(Strategy):
@@ -253,9 +230,8 @@ class SubmodelStrategy(Strategy):
         clients = self.sample(self.registry.online("train"), server_round)
         prototypes = self.prototypes()
         cuts = [self._cut(client, server_round, evaluation=False) for client in clients]
-        self._renew_references(server_round, cuts)
-        self._outbox = [self._outgoing(MessageType.TRAIN, cut, server_round, prototypes, config) for cut in cuts]
-        return [item.message for item in self._outbox]
+        self._encoder.renew_references(server_round, cuts)
+        return self._messages(MessageType.TRAIN, drained(cuts), server_round, prototypes, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -294,13 +270,11 @@ class SubmodelStrategy(Strategy):
         if not final and server_round % self.config.evaluation.every:
             return []
         cuts = (self._cut(client, server_round, evaluation=True) for client in self.registry.online())
-        self._outbox = [
-            self._outgoing(MessageType.EVALUATE, cut, server_round, None, config, final=final) for cut in cuts
-        ]
+        messages = self._messages(MessageType.EVALUATE, cuts, server_round, None, config, final=final)
         if final:
-            masks = ((item.client.name, item.client.capacity, item.mask(self.layout.size)) for item in self._outbox)
+            masks = ((item.client.name, item.client.capacity, item.mask.kept()) for item in self._outbox)
             self.run.write_json("masks.json", mask_statistics(self.layout, masks))
-        return [item.message for item in self._outbox]
+        return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Record every client's counts, and write the checkpoint that the round ends with."""
@@ -413,6 +387,8 @@ class SubmodelStrategy(Strategy):
         visits = self.registry.expected / self.config.server.clients_per_round
         # None are kept over a resume, as clients may have lost theirs too; that costs bytes and changes nothing else.
         self.references = MaskReferences(self.layout.maskable_sizes, visits)
+        references = None if self.slim else self.references
+        self._encoder = SubmodelEncoder(self.layout, self.config.wire.values, references)
         self._classes, self._feature_size = client.classes, model.feature_size
         initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
         return self.build(initial, model.feature_size, client)
@@ -451,68 +427,52 @@ class SubmodelStrategy(Strategy):
             theta = self.generate(client, evaluation=evaluation)
         with span("server.mask"):
             mask = self.extract(theta, client, server_round)
-        return Cut(client, theta[mask], np.packbits(mask))
+        return self._encoder.cut(client, theta, mask)
 
-    def _renew_references(self, server_round: int, cuts: Sequence[Cut]) -> None:
-        """The masks of this round vote on what later masks are coded against."""
-        if not self.slim:
-            maskable, size = self.layout.maskable, self.layout.size
-            masks = ((cut.client.capacity, _unpacked(cut.mask_bits, size)[maskable]) for cut in cuts)
-            self.references.renew(server_round, masks)
-
-    def _outgoing(
+    def _messages(
         self,
         message_type: str,
-        cut: Cut,
+        cuts: Iterable[Cut],
         server_round: int,
         prototypes: Prototypes | None,
         config: ConfigRecord,
         final: bool = False,
-    ) -> Outgoing:
-        client = cut.client
-        encoded, mask_alone = self._encode(cut, prototypes)
-        extra = {} if message_type == MessageType.EVALUATE else self.train_instructions(client, server_round)
-        instruction = self._instruction(server_round, **{**config, "final": final, **extra})
-        content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
-        message = Message(content, client.node_id, message_type, group_id=str(server_round))
-        return Outgoing(message, client, cut.mask_bits, encoded.parts, mask_alone)
-
-    @span("server.encode")
-    def _encode(self, cut: Cut, prototypes: Prototypes | None) -> tuple[Encoded, int]:
-        """The message, and the bytes of its mask without a reference."""
-        mask, values = _unpacked(cut.mask_bits, self.layout.size), self.config.wire.values
-        if self.slim:
-            slim = encode_slim(cut.theta_kept, mask, self.layout, values)
-            return slim, slim.parts["mask"]
-        coded = self.references.code(cut.client.name, cut.client.capacity, mask[self.layout.maskable])
-        return encode_submodel(cut.theta_kept, mask, prototypes, self.layout, values, coded.code), coded.alone
+    ) -> list[Message]:
+        """The messages that carry these submodels; the outbox remembers who was sent what."""
+        self._outbox, messages = [], []
+        for cut in cuts:
+            client = cut.client
+            encoded, mask_alone = self._encoder.encode(cut, prototypes)
+            extra = {} if message_type == MessageType.EVALUATE else self.train_instructions(client, server_round)
+            instruction = self._instruction(server_round, **{**config, "final": final, **extra})
+            content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": encoded.blob})})
+            messages.append(Message(content, client.node_id, message_type, group_id=str(server_round)))
+            self._outbox.append(Outgoing(messages[-1].metadata, client, cut.mask, encoded.parts, mask_alone))
+        return messages
 
     def _collect(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
-        names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
+        names = {item.metadata.message_id: item.client.name for item in self._outbox}
         good, refused = read_replies(names, replies)
         sent = {item.client.name: item for item in self._outbox}
         for reply in good:
             self.references.confirm(reply.client, held_reference(reply.content))
             where = about(server_round, reply.client, reply.message_id)
-            kind = sent[reply.client].message.metadata.message_type
+            kind = sent[reply.client].metadata.message_type
             logger.debug("round %d: %s answered %s", server_round, reply.client, kind, extra=where)
         for refusal in refused:
             self.references.forget(refusal.client)
-        for item in self._outbox:  # What it carried has arrived; all of them are as large as the updates to come.
-            item.message.content = RecordDict()
         return sent, good, refused
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
         blob, loss, examples = read_training(reply.content)
-        mask = sent.mask(self.layout.size)
         feature_size = 0 if self.slim else self._feature_size
-        update = decode_update(blob, self.layout, mask, self._classes, feature_size)
+        update = decode_update(blob, self.layout, sent.mask.kept(), self._classes, feature_size)
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
-        accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
+        accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
         return accepted, update.parts
 
     @span("server.aggregate")
@@ -552,10 +512,6 @@ class SubmodelStrategy(Strategy):
         self.run.event(kind, server_round, refused=rows, seconds=seconds, **fields)
         text = "round %d: %s recorded after %.2f s, %d refused"
         logger.debug(text, server_round, kind, seconds, len(rows), extra=about(server_round))
-
-
-def _unpacked(bits: np.ndarray, size: int) -> np.ndarray:
-    return np.unpackbits(bits, count=size).view(bool)
 
 
 def _first_reason(refused: Sequence[Refusal]) -> str:

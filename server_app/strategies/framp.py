@@ -9,6 +9,7 @@ from torch import Tensor
 from framp_core.deltas import KeptDeltas
 from framp_core.descriptors import Standardiser, build_descriptor
 from framp_core.generators import Generator, build_generator
+from framp_core.packed_mask import Masks
 from framp_core.prototypes import PrototypeBank, Prototypes
 from framp_core.randomness import stream
 from framp_core.server_update import GeneratorUpdate
@@ -60,11 +61,11 @@ class FrampStrategy(SubmodelStrategy):
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """One step along the vector-Jacobian product, then the prototypes' moving average."""
-        masks = [update.mask for update in updates]
+        masks = [update.packed_mask for update in updates]
         metrics = self.generator_update.step(
             self.inputs([update.client for update in updates]),
             KeptDeltas([update.delta for update in updates], masks),
-            masks,
+            Masks(masks),
             [update.examples for update in updates],
         )
         self.bank.update([update.prototypes for update in updates])

@@ -6,6 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from framp_core.config_values import Scalar
+from framp_core.deltas import KeptDeltas
+from framp_core.packed_mask import Masks, PackedMask
 from framp_core.structured import channel_mask, window, without_other_classes
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate
@@ -52,10 +54,11 @@ class HeteroFLStrategy(FrampStrategy):
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """Average every element over the clients that cover it."""
-        masks = [self.covered(update) for update in updates]
+        masks = [PackedMask.of(self.covered(update)) for update in updates]
+        deltas = [update.delta[mask.kept()[update.mask]] for update, mask in zip(updates, masks, strict=True)]
         return self.generator_update.step(
             self.inputs([update.client for update in updates]),
-            [update.dense_delta() * mask for update, mask in zip(updates, masks, strict=True)],
-            masks,
+            KeptDeltas(deltas, masks),
+            Masks(masks),
             [update.examples for update in updates],
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from framp_core.config_values import Scalar
+from framp_core.packed_mask import PackedMask
 from server_app.registry import ClientRecord
 from server_app.strategies.base import ClientUpdate, SubmodelStrategy
 
@@ -19,11 +20,11 @@ class LocalModel:
 
     Attributes:
         values: weights at the kept positions, float32 ``(mask.sum(),)``.
-        mask: kept positions, bool ``(n,)`` packed to bits.
+        mask: kept positions of all n.
     """
 
     values: np.ndarray
-    mask: np.ndarray
+    mask: PackedMask
 
 
 class LocalOnlyStrategy(SubmodelStrategy):
@@ -49,19 +50,19 @@ class LocalOnlyStrategy(SubmodelStrategy):
         if model is None:
             return self.initial
         theta = np.zeros_like(self.initial)
-        theta[self._mask(model)] = model.values
+        theta[model.mask.kept()] = model.values
         return theta
 
     def extract(self, theta: np.ndarray, client: ClientRecord, server_round: int) -> np.ndarray:
         """The mask of the first cut: ranking trained weights again could pick dropped ones."""
         model = self.models.get(client.name)
-        return super().extract(self.initial, client, server_round) if model is None else self._mask(model)
+        return super().extract(self.initial, client, server_round) if model is None else model.mask.kept()
 
     def server_update(self, updates: Sequence[ClientUpdate], server_round: int) -> dict[str, float]:
         """Add each delta to its own client's model."""
         for update in updates:
-            theta = self.generate(update.client, evaluation=False)
-            self.models[update.client.name] = LocalModel(theta[update.mask] + update.delta, np.packbits(update.mask))
+            values = self.generate(update.client, evaluation=False)[update.mask] + update.delta
+            self.models[update.client.name] = LocalModel(values, update.packed_mask)
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ class LocalOnlyStrategy(SubmodelStrategy):
         state = {"initial": torch.from_numpy(self.initial)}
         for name, model in sorted(self.models.items()):
             state[f"clients.{name}.values"] = torch.from_numpy(model.values)
-            state[f"clients.{name}.mask"] = torch.from_numpy(model.mask)
+            state[f"clients.{name}.mask"] = torch.from_numpy(model.mask.bits)
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -77,9 +78,9 @@ class LocalOnlyStrategy(SubmodelStrategy):
         self.initial = state["initial"].numpy()
         names = [key.removeprefix("clients.").removesuffix(".values") for key in state if key.endswith(".values")]
         self.models = {
-            name: LocalModel(state[f"clients.{name}.values"].numpy(), state[f"clients.{name}.mask"].numpy())
+            name: LocalModel(
+                state[f"clients.{name}.values"].numpy(),
+                PackedMask(state[f"clients.{name}.mask"].numpy(), self.layout.size),
+            )
             for name in names
         }
-
-    def _mask(self, model: LocalModel) -> np.ndarray:
-        return np.unpackbits(model.mask, count=self.layout.size).view(bool)

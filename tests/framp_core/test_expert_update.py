@@ -11,6 +11,7 @@ from framp_core.expert_update import SMOOTHING, ExpertUpdate
 from framp_core.generators import Generator, Mixture, build_generator
 from framp_core.layout import ParameterLayout
 from framp_core.models import build_model, initial_parameters
+from framp_core.packed_mask import Masks, PackedMask
 from framp_core.server_update import GeneratorUpdate
 
 MODEL = build_model(ModelConfig(name="mlp", widths=(5,)), (1, 2, 2), 3)
@@ -144,13 +145,29 @@ def test_a_network_without_a_head_is_told_to_take_experts_of_everything() -> Non
         build_generator(GeneratorConfig(name="mixture"), layout, 4, torch.zeros(layout.size), 0)
 
 
+def test_blocks_of_coordinates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptors, deltas, masks = cohort([0, 0, 1, 2, 1], 2.0, seed=3)
+    found = []
+    for block in (N, 4):
+        monkeypatch.setattr("framp_core.expert_update.BLOCK", block)
+        generator = mixture()
+        update = ExpertUpdate(generator, 10.0)
+        shares = update.set_gradient(descriptors, deltas, masks)
+        found.append((generator.experts.grad, shares, update.within.tolist()))
+    assert max(LAYOUT.sizes) > 4
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-7)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-6)
+    assert found[0][0].count_nonzero()
+
+
 @pytest.mark.parametrize("weighting", ["coverage", "examples"])
 def test_deltas_that_are_made_dense_when_needed_give_the_same_step(weighting: str) -> None:
     descriptors, deltas, masks = cohort([0, 0, 1, 2], 2.0, seed=0)
-    generators = [mixture(), mixture()]
-    kept = KeptDeltas([delta[mask] for delta, mask in zip(deltas, masks, strict=True)], masks)
-    for generator, given in zip(generators, (deltas, kept), strict=True):
-        GeneratorUpdate(generator, ServerConfig(weighting=weighting, **PLAIN)).step(descriptors, given, masks, [1] * 4)
+    generators, packed = [mixture(), mixture()], [PackedMask.of(mask) for mask in masks]
+    kept = KeptDeltas([delta[mask] for delta, mask in zip(deltas, masks, strict=True)], packed)
+    for generator, given in zip(generators, ((deltas, masks), (kept, Masks(packed))), strict=True):
+        GeneratorUpdate(generator, ServerConfig(weighting=weighting, **PLAIN)).step(descriptors, *given, [1] * 4)
     assert torch.equal(generators[0].theta_0, generators[1].theta_0)
     assert torch.equal(generators[0].experts, generators[1].experts)
     assert generators[0].experts.count_nonzero()

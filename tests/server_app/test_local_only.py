@@ -18,6 +18,7 @@ from framp_core.local_training import evaluate, log_prior, train_locally
 from framp_core.masking import extract
 from framp_core.methods import METHODS
 from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
@@ -61,7 +62,7 @@ def strategy_of(config: FrampConfig, path: Path) -> LocalOnlyStrategy:
 
 
 def update_of(client: ClientRecord, mask: np.ndarray, delta: np.ndarray) -> ClientUpdate:
-    return ClientUpdate(client, mask, delta, NOTHING, loss=1.0, examples=5)
+    return ClientUpdate(client, PackedMask.of(mask), delta, NOTHING, loss=1.0, examples=5)
 
 
 def test_a_run_is_every_client_trained_by_itself(alone: Build) -> None:

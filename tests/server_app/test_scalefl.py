@@ -21,6 +21,7 @@ from framp_core.errors import ConfigError, ModelError
 from framp_core.layout import ParameterLayout
 from framp_core.methods import METHODS
 from framp_core.models import build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
@@ -227,7 +228,8 @@ def test_a_tensor_is_averaged_over_those_that_reach_it(tiny):
     for capacity, delta in (("1", 1.0), ("1/4", 0.0), ("1/16", 4.0)):
         mask = strategy.extract(np.zeros(strategy.layout.size, np.float32), record(capacity), 1)
         held = Prototypes(np.array([3]), np.array([9]), np.zeros((1, 0), np.float32))
-        updates.append(ClientUpdate(record(capacity), mask, np.full(mask.sum(), delta, np.float32), held, 0.0, 1))
+        kept = np.full(mask.sum(), delta, np.float32)
+        updates.append(ClientUpdate(record(capacity), PackedMask.of(mask), kept, held, 0.0, 1))
     strategy.server_update(updates, 1)
     theta = strategy.generate(record("1"), evaluation=False)
     parts = {slot.name: theta[slot.slice].reshape(slot.shape) for slot in strategy.layout.slots}

@@ -19,6 +19,7 @@ from framp_core.layout import ParameterLayout
 from framp_core.local_training import train_locally
 from framp_core.methods import METHODS
 from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
@@ -175,7 +176,8 @@ def test_a_delta_of_zero_counts_as_held(tiny):
     for capacity, delta, classes in (("1", 1.0, [0, 1]), ("1/4", 0.0, [1, 2])):
         mask = strategy.extract(np.zeros(layout.size), record(capacity), 1)
         held = Prototypes(np.array(classes), np.ones(2, np.int64), np.zeros((2, 0), np.float32))
-        updates.append(ClientUpdate(record(capacity), mask, np.full(mask.sum(), delta, np.float32), held, 0.0, 1))
+        kept = np.full(mask.sum(), delta, np.float32)
+        updates.append(ClientUpdate(record(capacity), PackedMask.of(mask), kept, held, 0.0, 1))
     strategy.server_update(updates, 1)
     theta = strategy.generate(record("1"), evaluation=False)
     parts = {slot.name: theta[slot.slice].reshape(slot.shape) for slot in layout.slots}
