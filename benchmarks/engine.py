@@ -6,7 +6,9 @@
 Work: the preset's partition, network, clients per round, local steps and batch size. Each engine runs once, one after
 the other; a repetition is a block of ``--rounds`` rounds of that run, of which the median counts, after a first round
 that starts workers and loads data. A round is one of training, without evaluation. Ratios are taken block by block. The
-in-process engine and Ray run the strategy FRAMP whole (masks, codec, alignment, prototypes, nested sizes).
+in-process engine and Ray run the strategy FRAMP whole (masks, codec, alignment, prototypes, nested sizes). The first
+trains as many clients as one program as the preset says (``engine.cohort``), and where these are several, also one by
+one.
 
 The plain loop is written from the description of the released reference codes of the field, not taken from them: one
 process, one client after another; per client a deep copy of the global model, a mask by one threshold over the weights
@@ -167,16 +169,21 @@ def of_plain_loop(config: FrampConfig, threads: int) -> Timed:
 # Comparison ---------------------------------------------------------------------------------------------------------
 
 
-def engines(cores: int) -> dict[str, Callable[[FrampConfig], Timed]]:
-    """What is compared, by name; each is given a configuration with ``engine.workers`` = cores."""
+def _with_engine(config: FrampConfig, **engine: int) -> FrampConfig:
+    return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
 
-    def alone(config: FrampConfig) -> Timed:
-        engine = config.engine.model_copy(update={"workers": 1})
-        return of_run(run_local, config.model_copy(update={"engine": engine}))
+
+def engines(cores: int) -> dict[str, Callable[[FrampConfig], Timed]]:
+    """What is compared, by name; each is given the preset with ``engine.workers`` = cores."""
+
+    def in_process(**engine: int) -> Callable[[FrampConfig], Timed]:
+        return lambda config: of_run(run_local, _with_engine(config, **engine))
 
     return {
-        REFERENCE: lambda config: of_run(run_local, config),
-        "in process, one worker": alone,
+        REFERENCE: in_process(),
+        "in process, a worker per core, clients one by one": in_process(cohort=1),
+        "in process, one worker": in_process(workers=1),
+        "in process, one worker, clients one by one": in_process(workers=1, cohort=1),
         "Flower on Ray, an actor per core": lambda config: of_run(run_flower, config),
         "plain loop, a thread per core": lambda config: of_plain_loop(config, cores),
         "plain loop, one thread": lambda config: of_plain_loop(config, 1),
@@ -198,7 +205,9 @@ def measure(preset: str, rounds: int, data: Path | None) -> dict[str, Timed]:
                 "output.folder": str(Path(folder, str(number))),
                 **({"data.root": str(data.resolve())} if data else {}),
             }
-            found[name] = engine(FrampConfig.load(PRESETS / f"{preset}.toml", values))
+            config = FrampConfig.load(PRESETS / f"{preset}.toml", values)
+            if config.engine.cohort > 1 or "one by one" not in name:
+                found[name] = engine(config)
     return found
 
 

@@ -87,7 +87,6 @@ class StackedNetworks(Networks):
         """See :meth:`Networks.losses`; the batches are images, equally many for all."""
         images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
         states = {name: torch.stack([each.state[name] for each in objectives]) for name in objectives[0].state}
-
         computed: Tensor = self._program(objectives[0], self._flat, states, images, labels)
         return computed.clone()  # A CUDA graph's next step writes where this one did.
 

@@ -62,9 +62,7 @@ def _fastest_cohort(config: FrampConfig, workers: int) -> int:
     logger.info(
         "engine.cohort=0 becomes %d: per client and step %s (measured in %.1f s, for %d workers)",
         best,
-        ", ".join(
-            f"{1e3 * each:.2f} ms {f'{size} together' if size > 1 else 'one by one'}" for size, each in found.items()
-        ),
+        ", ".join(f"{1e3 * each:.2f} ms {_words(size)}" for size, each in found.items()),
         time.perf_counter() - start,
         workers,
     )
@@ -80,14 +78,11 @@ def _measure(config: FrampConfig, clients: Sequence[ClientData], sizes: Sequence
     network = build_model(config.model, clients[0].shape, clients[0].classes)
     model = FlatModel(network, resolve_device(config.local.device), config.local.precision)
     theta = initial_parameters(network, config.seed).numpy()
+    masks = [extract(theta, model.layout, config.extraction, client.capacity) for client in clients]
 
     def tasks(count: int) -> list[LocalTask]:
-        return [
-            LocalTask(
-                theta, extract(theta, model.layout, config.extraction, each.capacity), each, config, rng, None, STEPS
-            )
-            for each, rng in zip(clients[:count], np.random.default_rng(0).spawn(count), strict=True)
-        ]
+        chosen = zip(masks[:count], clients[:count], np.random.default_rng(0).spawn(count), strict=True)
+        return [LocalTask(theta, mask, client, config, rng, None, STEPS) for mask, client, rng in chosen]
 
     def one_by_one() -> None:
         for task in tasks(SMALLEST):
