@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision
 from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from framp_core.config import DataConfig
 from framp_core.data.cache import cached, file_stamps
@@ -24,6 +21,9 @@ TEST_SHARE = 0.2
 """Share of each class that becomes test data where a source has no test split of its own."""
 
 _SPLITS = ("train", "test")
+
+# scikit-learn and torchvision take longer to import than torch, and a device starts a process for every message: they
+# are imported where they are used, which is never for digits that are decoded already.
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +102,8 @@ def _opened(config: DataConfig, seed: int) -> ImageData:
 
 def _digits(config: DataConfig, seed: int) -> ImageData:
     def build(folder: Path) -> None:
+        from sklearn.datasets import load_digits
+
         images, labels = load_digits(return_X_y=True)
         pixels = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
         train, test = _stratified(labels, [str(digit) for digit in range(10)], seed)
@@ -113,6 +115,8 @@ def _digits(config: DataConfig, seed: int) -> ImageData:
 
 
 def _cifar(config: DataConfig, root: Path) -> ImageData:
+    import torchvision
+
     source: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.name]
     names = [name for name, _ in source.train_list + source.test_list] + [source.meta["filename"]]
     help_text = (
@@ -165,6 +169,8 @@ def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
 
 def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Class names of a folder of class folders, and (path, label) of every image in it."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise DataError(
