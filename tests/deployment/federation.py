@@ -21,6 +21,7 @@ import psutil
 from framp.engines.flower import flower_environment
 from framp.engines.processes import free_port, kill, processes_of, start, stop, tail
 from framp_core.config import FrampConfig
+from framp_core.run_folder import SUMMARY
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -67,6 +68,12 @@ class Role:
         """Start, or start again."""
         self.process = start(self.command, self.environment, self.home, self.log)
 
+    def stop(self) -> None:
+        """End it the way a service is ended."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(START_SECONDS)
+
     def is_healthy(self) -> bool:
         """Run the health check of the compose file."""
         done = subprocess.run(self.healthcheck, env=self.environment, capture_output=True, check=False)
@@ -96,6 +103,12 @@ class Device:
         """Start both, or both again."""
         for role in (self.supernode, self.clientapp):
             role.start()
+
+    def restart(self) -> None:
+        """What ``restart: unless-stopped`` does: start again what has ended, and whoever depends on it."""
+        for role in (self.supernode, self.clientapp):
+            if role.process is None or role.process.poll() is not None:
+                role.start()
 
     def kill(self) -> None:
         """Like a power cut: nothing says goodbye."""
@@ -143,13 +156,19 @@ class Federation:
         answer = self.flwr("ls", "framp", "--run-id", str(run_id), "--format", "json")
         return str(json.loads(answer)["runs"][0]["status"])
 
-    def wait(self, run_id: int, seconds: float) -> str:
-        """Wait for the end of a run; return how it ended."""
-        deadline = time.monotonic() + seconds
-        while not (status := self.status(run_id)).startswith("finished"):
-            assert time.monotonic() < deadline, f"run {run_id} is {status} after {seconds:g} s"
-            time.sleep(1.0)
-        return status
+    def wait(self, run_id: int, config: FrampConfig, seconds: float) -> str:
+        """Wait for the end of a run; return how it ended.
+
+        The summary that a run ends with is looked for more often than Flower is asked, whose command takes seconds.
+        """
+        summary, deadline, ask_at = Path(config.output.folder) / SUMMARY, time.monotonic() + seconds, 0.0
+        while True:
+            if summary.exists() or time.monotonic() > ask_at:
+                ask_at = time.monotonic() + 20.0
+                if (status := self.status(run_id)).startswith("finished"):
+                    return status
+            assert time.monotonic() < deadline, f"run {run_id} goes on after {seconds:g} s"
+            time.sleep(0.5)
 
 
 @contextmanager
