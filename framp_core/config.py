@@ -68,13 +68,18 @@ class DataConfig(_Section):
         "cifar10",
         "cifar100",
         "image-folder",
+        "own-images",
         "graph-digits",
         "cora",
         "citeseer",
         "pubmed",
         "ogbn-arxiv",
         "graph-file",
-    ] = Field("digits", description="digits and graph-digits are embedded in scikit-learn and need no download")
+    ] = Field(
+        "digits",
+        description="digits and graph-digits are embedded in scikit-learn and need no download; own-images: an image "
+        "folder on each device, whose images are all its own",
+    )
     root: str = Field(
         "", description="absolute folder of the data set, or for graph-file the file; unused for the digits"
     )

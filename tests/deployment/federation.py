@@ -86,7 +86,7 @@ def wait_until(condition: Any, what: str, role: Role | None = None, seconds: flo
     while not condition():
         log = f"; the end of its log:\n{tail(role.log)}" if role else ""
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s{log}"
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 @dataclass

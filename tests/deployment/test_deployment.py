@@ -4,11 +4,12 @@ import shutil
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from client_app.app import app as client_app
@@ -85,13 +86,11 @@ def test_a_device_that_dies_one_that_hangs_and_one_that_sends_garbage_are_named_
     deadline = 5.0 + 2 * max(row["seconds"] for row in undisturbed.events() if row["kind"] == "train")
     config = configuration(deployed, "faults", deadline)
     run_id = deployed.submit(config)
-    wait_until(lambda: trains(hung, run_id) and trains(killed, run_id), "the first round", killed.supernode)
-    frozen = hung.working()
-    for process in frozen:
-        process.suspend()
+    caught = {device.name: caught_in_round_one(device, run_id) for device in (killed, hung)}
+    wait_until(lambda: all([catch() for catch in caught.values()]), "the first round", killed.supernode)
     killed.kill()
     wait_until(lambda: killed.restart() or ended_rounds(config) == 1, "round 1", seconds=3 * deadline)
-    for process in frozen:
+    for process in caught["site-2"]():
         process.resume()
     wait_until(lambda: killed.restart() or ended_rounds(config) == 3, "round 3", seconds=6 * deadline)
     assert deployed.wait(run_id, config, 3 * deadline) == "finished:completed"
@@ -113,6 +112,27 @@ def test_a_device_that_dies_one_that_hangs_and_one_that_sends_garbage_are_named_
         assert escape(reason) in report
 
 
+def test_the_gateway_lets_devices_reach_nothing_but_the_fleet_api(deployed: Federation) -> None:
+    if not deployed.gateway:
+        pytest.skip("needs nginx; apt-get install nginx-light")
+    closed = ("/", "/docs", "/v1/control/list-runs", "/v1/runtime/acquire-task")
+    detours = ("/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs", "//v1/control/list-runs")
+    assert {path: status(deployed, path) for path in (*closed, *detours)} == dict.fromkeys((*closed, *detours), 403)
+    # What is open is Flower's to answer, and it refuses what no registered device has signed.
+    assert status(deployed, "/health", "GET") == 200
+    assert status(deployed, "/v1/fleet/activate-node") in (400, 401, 415, 422)
+
+
+def status(running: Federation, path: str, method: str = "POST") -> int:
+    """Status code of a request whose path nobody tidies up on the way."""
+    trust = ssl.create_default_context(cafile=running.home / "secrets" / "ca.crt")
+    host, port = running.address.split(":")
+    request = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with socket.create_connection((host, int(port))) as plain, trust.wrap_socket(plain, server_hostname=host) as link:
+        link.sendall(request.encode())
+        return int(link.recv(100).split()[1])
+
+
 def corrupt(device: Device) -> None:
     """Let a device run its own program in place of Flower's ClientApp process."""
     program = device.home / "bin" / "flwr-clientapp"
@@ -124,9 +144,18 @@ def corrupt(device: Device) -> None:
     device.clientapp.start()
 
 
-def trains(device: Device, run_id: int) -> bool:
-    """Whether a device works on the first round of a run now."""
-    return f"RUN {run_id}, ROUND 1]" in device.supernode.log.read_text() and bool(device.working())
+def caught_in_round_one(device: Device, run_id: int) -> Callable[[], list[psutil.Process]]:
+    """Stops the processes with which a device works on the first round of a run, once they are there."""
+    caught: list[psutil.Process] = []
+
+    def catch() -> list[psutil.Process]:
+        if not caught and f"RUN {run_id}, ROUND 1]" in device.supernode.log.read_text():
+            caught.extend(device.working())
+            for process in caught:
+                process.suspend()
+        return caught
+
+    return catch
 
 
 def ended_rounds(config: FrampConfig) -> int:
@@ -140,27 +169,3 @@ def names(rows: list[dict[str, Any]]) -> set[str]:
 
 def refusals(event: dict[str, Any]) -> dict[str, str]:
     return {row["client"]: row["error"] for row in event["refused"]}
-
-
-def test_the_gateway_lets_devices_reach_nothing_but_the_fleet_api(deployed: Federation) -> None:
-    if not deployed.gateway:
-        pytest.skip("needs nginx; apt-get install nginx-light")
-    trust = ssl.create_default_context(cafile=deployed.home / "secrets" / "ca.crt")
-    codes = {}
-    for path in (
-        "/v1/control/list-runs",
-        "/v1/runtime/acquire-task",
-        "/v1/fleet/../control/list-runs",
-        "/v1/fleet/%2e%2e/control/list-runs",
-        "/",
-        "/docs",
-        "/v1/fleet/activate-node",
-        "/health",
-    ):
-        with (
-            socket.create_connection(deployed.address.split(":")) as plain,
-            trust.wrap_socket(plain, server_hostname="127.0.0.1") as link,
-        ):
-            link.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
-            codes[path] = int(link.recv(100).split()[1])
-    print(codes)
