@@ -1,6 +1,7 @@
 """Checks a device before it joins a federation, and says how to start its SuperNode."""
 
 import importlib.metadata
+import json
 import platform
 import resource
 import shlex
@@ -84,7 +85,7 @@ class Device:
     @property
     def command(self) -> str:
         """The command, for a shell, that starts the SuperNode with its ClientApp in processes of its own."""
-        texts = (f"{key}={value!r}" for key, value in self.node_config.items())
+        texts = (f"{key}={json.dumps(value)}" for key, value in self.node_config.items())
         trust = [] if self.authority is None else ["--root-certificates", str(self.authority)]
         words = ["flower-supernode", "--superlink", self.superlink, *trust]
         words += ["--auth-supernode-private-key", str(self.key), "--node-config", " ".join(texts)]
@@ -112,6 +113,7 @@ class DeviceCheck:
         self._config = config
         self._device = device
         self._peak = 0
+        self._answered_at = 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -153,9 +155,9 @@ class DeviceCheck:
         The server of that round works in this process and does not count. GPU memory is not looked at.
 
         Raises:
-            EngineError: the process took more than there is, or died.
+            EngineError: the process took more than there is, or there are no data to train on.
         """
-        if self._client.data.role == "unseen":
+        if self._role() == "unseen":
             return "not measured: this client is evaluated and never trains"
         free = available_memory()
         self._round()
@@ -204,17 +206,25 @@ class DeviceCheck:
         Raises:
             EngineError: the server did not answer, or the clocks differ by too much.
         """
-        sent = self._answer.headers.get("date")
-        if sent is None:
-            raise EngineError(f"{self._answer.url} says no time, so the clock cannot be compared")
+        try:
+            sent = self._answer.headers["date"]
+        except (EngineError, KeyError) as error:
+            raise EngineError("not compared: the server did not say its time") from error
         ahead = self._answered_at - parsedate_to_datetime(sent).timestamp()
         behind_limit = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-        said = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server"
         # The server's time is in whole seconds.
+        way = "ahead of" if ahead > 0 else "behind"
+        said = "within a second of the server" if abs(ahead) <= 1 else f"{abs(ahead):.0f} s {way} the server"
         if not -behind_limit < ahead < SYSTEM_TIME_TOLERANCE + 1:
             limits = f"{SYSTEM_TIME_TOLERANCE} s ahead or {behind_limit} s behind"
             raise EngineError(f"{said}; Flower refuses a device more than {limits}. Set the clock, best by NTP")
         return said
+
+    def _role(self) -> str:
+        try:
+            return self._client.data.role
+        except FrampError as error:
+            raise EngineError("not measured: the data cannot be read") from error
 
     @cached_property
     def _client(self) -> Client:
@@ -232,8 +242,8 @@ class DeviceCheck:
             return answer.raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise EngineError(
-                f"{url} cannot be reached: {error}. --superlink is HOST:PORT of the server's gateway, by a name that its "
-                f"certificate holds; --root-certificates is the ca.crt of the server's operator"
+                f"{url} cannot be reached: {error}. --superlink is HOST:PORT of the server's gateway, by a name that "
+                f"its certificate holds; --root-certificates is the ca.crt of the server's operator"
             ) from error
 
     def _round(self) -> None:

@@ -37,7 +37,7 @@ def composed(file: str, variables: Mapping[str, str], *more: str) -> dict[str, A
     done = subprocess.run(
         [*command, "config", "--format", "json"], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr  # Its wrapper exits with 0 whatever happened.
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -98,6 +98,7 @@ class Device:
     node_config: dict[str, Any]
     supernode: Role
     clientapp: Role
+    frozen: list[psutil.Process] = field(default_factory=list)
 
     def start(self) -> None:
         """Start both, or both again."""
@@ -113,6 +114,19 @@ class Device:
     def kill(self) -> None:
         """Like a power cut: nothing says goodbye."""
         kill(processes_of(self.home))
+
+    def freeze(self, run_id: int) -> bool:
+        """Hold the processes that work on the first round of a run, once they are there; say whether they are."""
+        if not self.frozen and f"RUN {run_id}, ROUND 1]" in self.supernode.log.read_text():
+            self.frozen = self.working()
+            for process in self.frozen:
+                process.suspend()
+        return bool(self.frozen)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        for process in self.frozen:
+            process.resume()
 
     def working(self) -> list[psutil.Process]:
         """The processes that run a ClientApp now."""

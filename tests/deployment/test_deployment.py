@@ -4,12 +4,11 @@ import shutil
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from client_app.app import app as client_app
@@ -86,12 +85,10 @@ def test_a_device_that_dies_one_that_hangs_and_one_that_sends_garbage_are_named_
     deadline = 5.0 + 2 * max(row["seconds"] for row in undisturbed.events() if row["kind"] == "train")
     config = configuration(deployed, "faults", deadline)
     run_id = deployed.submit(config)
-    caught = {device.name: caught_in_round_one(device, run_id) for device in (killed, hung)}
-    wait_until(lambda: all([catch() for catch in caught.values()]), "the first round", killed.supernode)
+    wait_until(lambda: killed.freeze(run_id) & hung.freeze(run_id), "the first round", killed.supernode)
     killed.kill()
     wait_until(lambda: killed.restart() or ended_rounds(config) == 1, "round 1", seconds=3 * deadline)
-    for process in caught["site-2"]():
-        process.resume()
+    hung.thaw()
     wait_until(lambda: killed.restart() or ended_rounds(config) == 3, "round 3", seconds=6 * deadline)
     assert deployed.wait(run_id, config, 3 * deadline) == "finished:completed"
     run = RunFolder.open(Path(config.output.folder))
@@ -142,20 +139,6 @@ def corrupt(device: Device) -> None:
     device.clientapp.environment["PATH"] = f"{program.parent}:{device.clientapp.environment['PATH']}"
     device.clientapp.stop()
     device.clientapp.start()
-
-
-def caught_in_round_one(device: Device, run_id: int) -> Callable[[], list[psutil.Process]]:
-    """Stops the processes with which a device works on the first round of a run, once they are there."""
-    caught: list[psutil.Process] = []
-
-    def catch() -> list[psutil.Process]:
-        if not caught and f"RUN {run_id}, ROUND 1]" in device.supernode.log.read_text():
-            caught.extend(device.working())
-            for process in caught:
-                process.suspend()
-        return caught
-
-    return catch
 
 
 def ended_rounds(config: FrampConfig) -> int:
