@@ -56,6 +56,12 @@ _OF_GRAPHS = (
     *("graph.full_batch_nodes", "graph.neighbours", "graph.hops", "partition.overlap", "model.dropout"),
 )
 """Settings without a meaning for images."""
+_OF_DIVIDED = (
+    *("partition.scheme", "partition.alpha", "partition.classes_per_client", "partition.test_split"),
+    *("partition.feature_shift", "partition.feature_shift_clusters", "partition.concept_shift_clusters"),
+    *("partition.quantity_skew", "evaluation.union_by_client"),
+)
+"""Settings without a meaning for images that lie on the devices and are divided by nobody."""
 PLACES = ("data.root", "data.cache")
 """Keys that say where data lie, which never change the numbers."""
 
@@ -445,7 +451,11 @@ class FrampConfig(_Section):
                     f"data.name={self.data.name!r} is {kind}, which {key}={value!r} does not fit; "
                     f"choose {', '.join(fitting)}"
                 )
-        for name in _OF_IMAGES if graph else _OF_GRAPHS:
+        if self.data.name == "own-images":
+            kind, meaningless = "images that nobody divides", (*_OF_GRAPHS, *_OF_DIVIDED)
+        else:
+            meaningless = _OF_IMAGES if graph else _OF_GRAPHS
+        for name in meaningless:
             section, _, field = name.partition(".")
             values: _Section = getattr(self, section)
             value, default = getattr(values, field), type(values).model_fields[field].default
