@@ -115,18 +115,20 @@ class Device:
         """Like a power cut: nothing says goodbye."""
         kill(processes_of(self.home))
 
-    def freeze(self, run_id: int) -> bool:
-        """Hold the processes that work on the first round of a run, once they are there; say whether they are."""
-        if not self.frozen and f"RUN {run_id}, ROUND 1]" in self.supernode.log.read_text():
-            self.frozen = self.working()
-            for process in self.frozen:
-                process.suspend()
-        return bool(self.frozen)
+    def freeze(self) -> None:
+        """Like a machine that hangs: everything on it stops, and every connection stays open."""
+        self.frozen = processes_of(self.home)
+        for process in self.frozen:
+            process.suspend()
 
     def thaw(self) -> None:
-        """Let them go on."""
+        """Let it go on."""
         for process in self.frozen:
             process.resume()
+
+    def trains(self, run_id: int) -> bool:
+        """Whether it works on the first round of a run now."""
+        return f"RUN {run_id}, ROUND 1]" in self.supernode.log.read_text() and bool(self.working())
 
     def working(self) -> list[psutil.Process]:
         """The processes that run a ClientApp now."""
