@@ -451,10 +451,9 @@ class FrampConfig(_Section):
                     f"data.name={self.data.name!r} is {kind}, which {key}={value!r} does not fit; "
                     f"choose {', '.join(fitting)}"
                 )
+        meaningless: tuple[str, ...] = _OF_IMAGES if graph else _OF_GRAPHS
         if self.data.name == "own-images":
-            kind, meaningless = "images that nobody divides", (*_OF_GRAPHS, *_OF_DIVIDED)
-        else:
-            meaningless = _OF_IMAGES if graph else _OF_GRAPHS
+            kind, meaningless = "images that nobody divides", (*meaningless, *_OF_DIVIDED)
         for name in meaningless:
             section, _, field = name.partition(".")
             values: _Section = getattr(self, section)
