@@ -51,7 +51,7 @@ class Device:
         partitions: number of clients of the federation.
         name: stable name of the client; it stays the same over restarts, new keys and new devices.
         capacity: gamma, such as ``1/16``.
-        data: folder of the data on this device.
+        data: folder of the data on this device (a graph-file: the file).
 
     Raises:
         ConfigError: the capacity is none, or the name holds a quotation mark or nothing.
@@ -228,8 +228,8 @@ class DeviceCheck:
 
     @cached_property
     def _client(self) -> Client:
-        if not self._device.data.is_dir():
-            raise DataError(f"there is no folder {str(self._device.data)!r}; --data-dir is the folder of the data")
+        if not self._device.data.exists():
+            raise DataError(f"there is no {str(self._device.data)!r}; --data-dir is where the data lie on this device")
         return Client.of(self._config.to_flat(), self._device.node_config, {})
 
     @cached_property

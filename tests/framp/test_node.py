@@ -119,7 +119,7 @@ def test_each_fault_is_found_and_only_that_one(
     readable = make_key(tmp_path / "readable.key")
     readable.chmod(0o644)
     faults = {
-        ("data", "no folder"): replace(device, data=tmp_path / "nowhere"),
+        ("data", "there is no"): replace(device, data=tmp_path / "nowhere"),
         ("data", "partition-id 5 is outside"): replace(device, partition=5),
         ("key", "cannot be read"): replace(device, key=tmp_path / "none.key"),
         ("key", "kind that Flower refuses"): replace(device, key=make_key(tmp_path / "ed.key", "ed25519")),
