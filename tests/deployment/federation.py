@@ -7,6 +7,7 @@ services' commands run as processes, with the places and host names of container
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from framp import node
 from framp.engines.flower import flower_environment
 from framp.engines.processes import free_port, kill, processes_of, start, stop, tail
 from framp_core.config import FrampConfig
@@ -91,23 +93,22 @@ def wait_until(condition: Any, what: str, role: Role | None = None, seconds: flo
 
 @dataclass
 class Device:
-    """A SuperNode and the process that runs its ClientApp."""
+    """A SuperNode and, where it is not the SuperNode's own child, the process that runs its ClientApp."""
 
     name: str
     home: Path
     node_config: dict[str, Any]
-    supernode: Role
-    clientapp: Role
+    roles: list[Role]
     frozen: list[psutil.Process] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start both, or both again."""
-        for role in (self.supernode, self.clientapp):
+        """Start everything that belongs to it."""
+        for role in self.roles:
             role.start()
 
     def restart(self) -> None:
         """What ``restart: unless-stopped`` does: start again what has ended, and whoever depends on it."""
-        for role in (self.supernode, self.clientapp):
+        for role in self.roles:
             if role.process is None or role.process.poll() is not None:
                 role.start()
 
@@ -128,7 +129,7 @@ class Device:
 
     def trains(self, run_id: int) -> bool:
         """Whether it works on the first round of a run now."""
-        return f"RUN {run_id}, ROUND 1]" in self.supernode.log.read_text() and bool(self.working())
+        return f"RUN {run_id}, ROUND 1]" in self.roles[0].log.read_text() and bool(self.working())
 
     def working(self) -> list[psutil.Process]:
         """The processes that run a ClientApp now."""
@@ -191,6 +192,7 @@ class Federation:
 def federation(home: Path, capacities: Sequence[str]) -> Iterator[Federation]:
     """Start one, with a device for each capacity; stop everything at the end.
 
+    The first device is started with the command that ``framp node`` prints, the others with their compose file's.
     Devices go through the gateway where nginx is installed, and to the SuperLink where it is not.
     """
     secrets = home / "secrets"
@@ -208,11 +210,11 @@ def federation(home: Path, capacities: Sequence[str]) -> Iterator[Federation]:
             devices[-1].start()
         running.devices = devices
         for device in devices:
-            wait_until(device.supernode.is_healthy, f"health of {device.name}", device.supernode)
+            wait_until(device.roles[0].is_healthy, f"health of {device.name}", device.roles[0])
         yield running
     finally:
         for device in devices:
-            stop(_started(device.supernode, device.clientapp), device.home)
+            stop(_started(*device.roles), device.home)
         stop(_started(*roles.values()), home / "server")
 
 
@@ -281,15 +283,12 @@ def _device(running: Federation, secrets: Path, index: int, devices: int, capaci
         "/opt/framp": str(DOCKER),
         "'/data'": f"'{folder / 'data'}'",
     }
-    roles = {key: _role(service, folder, places) for key, service in composition["services"].items()}
-    node_config = {
-        "partition-id": index,
-        "num-partitions": devices,
-        "client-name": name,
-        "capacity": capacity,
-        "data-dir": str(folder / "data"),
-    }
-    return Device(name, folder, node_config, roles["supernode"], roles["clientapp"])
+    roles = [_role(service, folder, places) for _, service in sorted(composition["services"].items(), reverse=True)]
+    described = node.Device(running.address, folder / "ca.crt", key, index, devices, name, capacity, folder / "data")
+    if index == 0:
+        roles[0].command = [*shlex.split(described.command), "--port", supernode.rpartition(":")[2]]
+        roles.pop()
+    return Device(name, folder, described.node_config, roles)
 
 
 def _secrets(composition: Mapping[str, Any]) -> dict[str, str]:

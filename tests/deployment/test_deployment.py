@@ -136,9 +136,10 @@ def corrupt(device: Device) -> None:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("hostile_clientapp.py")} "$@"\n')
     program.chmod(0o755)
-    device.clientapp.environment["PATH"] = f"{program.parent}:{device.clientapp.environment['PATH']}"
-    device.clientapp.stop()
-    device.clientapp.start()
+    clientapp = device.roles[1]
+    clientapp.environment["PATH"] = f"{program.parent}:{clientapp.environment['PATH']}"
+    clientapp.stop()
+    clientapp.start()
 
 
 def strikes(run_id: int, faults: Sequence[tuple[Device, Callable[[], None]]]) -> Callable[[], bool]:
