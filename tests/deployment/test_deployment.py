@@ -1,7 +1,7 @@
 """Flower's deployment engine, with the commands of the compose files: the same numbers, and faults that stay small."""
 
-import shutil
 import re
+import shutil
 import socket
 import ssl
 import sys
