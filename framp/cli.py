@@ -18,7 +18,7 @@ from rich.table import Table
 from framp.progress import RunProgress
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar, parse_capacity, parse_override
-from framp_core.errors import ConfigError, FrampError
+from framp_core.errors import ConfigError, EngineError, FrampError
 from framp_core.methods import METHODS, settings_of
 
 if TYPE_CHECKING:
@@ -241,6 +241,44 @@ def personalise(
     _show_rows("Personal model", found.rows())
     if written is not None:
         console.print(f"model: {written} ({written.stat().st_size:,} bytes, dense)", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def node(
+    superlink: Annotated[str, typer.Option(help="HOST:PORT of the server.", show_default=False)],
+    partition: Annotated[int, typer.Option(min=0, help="This client's index, from 0.", show_default=False)],
+    of: Annotated[int, typer.Option(min=1, help="Number of clients of the federation.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Stable name of this client.", show_default=False)],
+    capacity: Annotated[str, typer.Option(help="Fraction of the weights it can hold.", show_default=False)],
+    data_dir: Annotated[Path, typer.Option(help="Folder of its data.", show_default=False)],
+    key: Annotated[Path, typer.Option(help="Its private key.", show_default=False)],
+    config: ConfigPath = None,
+    override: Overrides = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The server's ca.crt.", show_default="the system's authorities")
+    ] = None,
+    env_file: Annotated[
+        Path | None, typer.Option(help="Also write what docker/client.compose.yml reads.", show_default=False)
+    ] = None,
+) -> None:
+    """Check this device before it joins a federation, and print the command that starts its SuperNode."""
+    from framp.node import Device, DeviceCheck, compose_variables
+
+    authority = root_certificates.expanduser().resolve() if root_certificates is not None else None
+    paths = [path.expanduser().resolve() for path in (key, data_dir)]
+    device = Device(superlink, authority, paths[0], partition, of, name, capacity, paths[1])
+    _log_errors()
+    check = DeviceCheck(load_config(config, override), device)
+    findings = check.findings()
+    for finding in findings:
+        mark = "[green]ok    [/]" if finding.passed else "[red]failed[/]"
+        console.print(f"{mark} {finding.check:8} ", end="")
+        console.print(finding.said, markup=False, highlight=False, soft_wrap=True)
+    if not all(finding.passed for finding in findings):
+        raise EngineError("this device is not ready to join; see the checks that failed")
+    if env_file is not None:
+        env_file.write_text(compose_variables(device, check.peak_bytes), encoding="utf-8")
+    console.print(device.command, markup=False, highlight=False, soft_wrap=True)
 
 
 @data_app.command()

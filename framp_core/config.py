@@ -56,6 +56,12 @@ _OF_GRAPHS = (
     *("graph.full_batch_nodes", "graph.neighbours", "graph.hops", "partition.overlap", "model.dropout"),
 )
 """Settings without a meaning for images."""
+_OF_DIVIDED = (
+    *("partition.scheme", "partition.alpha", "partition.classes_per_client", "partition.test_split"),
+    *("partition.feature_shift", "partition.feature_shift_clusters", "partition.concept_shift_clusters"),
+    *("partition.quantity_skew", "evaluation.union_by_client"),
+)
+"""Settings without a meaning for images that lie on the devices and are divided by nobody."""
 PLACES = ("data.root", "data.cache")
 """Keys that say where data lie, which never change the numbers."""
 
@@ -68,13 +74,18 @@ class DataConfig(_Section):
         "cifar10",
         "cifar100",
         "image-folder",
+        "own-images",
         "graph-digits",
         "cora",
         "citeseer",
         "pubmed",
         "ogbn-arxiv",
         "graph-file",
-    ] = Field("digits", description="digits and graph-digits are embedded in scikit-learn and need no download")
+    ] = Field(
+        "digits",
+        description="digits and graph-digits are embedded in scikit-learn and need no download; own-images: an image "
+        "folder on each device, whose images are all its own",
+    )
     root: str = Field(
         "", description="absolute folder of the data set, or for graph-file the file; unused for the digits"
     )
@@ -476,7 +487,10 @@ class FrampConfig(_Section):
                     f"data.name={self.data.name!r} is {kind}, which {key}={value!r} does not fit; "
                     f"choose {', '.join(fitting)}"
                 )
-        for name in _OF_IMAGES if graph else _OF_GRAPHS:
+        meaningless: tuple[str, ...] = _OF_IMAGES if graph else _OF_GRAPHS
+        if self.data.name == "own-images":
+            kind, meaningless = "images that nobody divides", (*meaningless, *_OF_DIVIDED)
+        for name in meaningless:
             section, _, field = name.partition(".")
             values: _Section = getattr(self, section)
             value, default = getattr(values, field), type(values).model_fields[field].default

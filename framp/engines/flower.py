@@ -10,19 +10,16 @@ import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-import psutil
 import torch
 
+from framp.engines.processes import free_port, start, stop, tail, wait_until_healthy
 from framp.engines.ray_cluster import cluster_nodes, gpus_per_client
 from framp_core.config import FrampConfig
 from framp_core.data import load_partition
@@ -35,8 +32,6 @@ from server_app.strategies import STRATEGIES
 
 logger = logging.getLogger("flwr.framp")
 _CONNECTION = "framp"
-_START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
 _RUN_ID = re.compile(r"started run (\d+)")
 _NAMED_ERROR = re.compile(r"^framp_core\.errors\.(\w+: .*)$", re.MULTILINE)
 
@@ -123,17 +118,10 @@ def federation_options(config: FrampConfig) -> str:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     """Start a SuperLink; yield the environment for ``flwr``; stop it and all its children."""
-    port, environment = _free_port(), flower_environment(home, ray_address)
+    port, environment = free_port(), flower_environment(home, ray_address)
     work = home / "work"
     work.mkdir()
     address = f"127.0.0.1:{port}"
@@ -142,62 +130,12 @@ def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     )
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
-    executable = shutil.which(command[0], path=environment["PATH"])
-    if executable is None:
-        raise EngineError("flower-superlink is not installed here; pip install 'flwr[simulation]'")
-    process = psutil.Popen(
-        [executable, *command[1:]],
-        env=environment,
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start(command, environment, work)
     try:
-        _wait_until_healthy(process, address, home)
+        wait_until_healthy(process, f"http://{address}/health", home / "superlink.log")
         yield environment
     finally:
-        _stop(process, home)
-
-
-def _wait_until_healthy(process: psutil.Popen, address: str, home: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"http://{address}/health", timeout=1.0).is_success:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    raise EngineError(f"Flower's SuperLink did not start on {address}; its log:\n{_tail(home / 'superlink.log')}")
-
-
-def _stop(process: psutil.Popen, home: Path) -> None:
-    """End the SuperLink and whatever was started below it, Ray's detached processes included."""
-    marked = _processes_of(home)
-    if process.is_running():
-        process.terminate()
-    _, alive = psutil.wait_procs([process, *marked], timeout=_STOP_SECONDS)
-    for survivor in {*alive, *_processes_of(home)}:
-        try:
-            survivor.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs([process, *marked], timeout=_STOP_SECONDS)
-
-
-def _processes_of(home: Path) -> list[psutil.Process]:
-    """Processes whose environment names this home: children stay findable after their parents died."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+        stop([process], home)
 
 
 def _submit(app: Path, config: FrampConfig, federation: str, environment: dict[str, str], log: Path) -> int:
@@ -212,7 +150,7 @@ def _submit(app: Path, config: FrampConfig, federation: str, environment: dict[s
         ).returncode
     match = _RUN_ID.search(log.read_text(encoding="utf-8", errors="replace"))
     if status or match is None:
-        raise EngineError(f"flwr run did not start the app:\n{_tail(log)}")
+        raise EngineError(f"flwr run did not start the app:\n{tail(log)}")
     return int(match.group(1))
 
 
@@ -231,11 +169,4 @@ def _check_status(run_id: int, environment: dict[str, str], log: Path) -> None:
 def _reason(log: Path) -> str:
     """The error that ended the app, or the end of the log where none can be told."""
     named = _NAMED_ERROR.findall(without_colours(log.read_text(encoding="utf-8", errors="replace")))
-    return str(named[-1]) if named else "the end of its log:\n" + _tail(log)
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    try:
-        return without_colours("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
-    except OSError:
-        return "(no log was written)"
+    return str(named[-1]) if named else "the end of its log:\n" + tail(log)

@@ -1,5 +1,7 @@
 """Images of the clients of a run: selections from the pools, as their owners see them."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,9 +18,16 @@ from torch import Tensor
 from framp_core.config import DataConfig, FrampConfig
 from framp_core.data.examples import ClientData, Examples, batch_positions
 from framp_core.data.facts import DataFacts
-from framp_core.data.partition import ClientSplit, Partition, make_partition
+from framp_core.data.partition import (
+    ClientSplit,
+    Partition,
+    capacities,
+    client_name,
+    make_partition,
+    split_validation,
+)
 from framp_core.data.shift import Shift
-from framp_core.data.sources import ImageData, load_images, load_own_images
+from framp_core.data.sources import OWN_IMAGES, ImageData, load_images, load_own_images
 from framp_core.data.transforms import Augmentation, Normaliser
 from framp_core.errors import DataError
 from framp_core.randomness import stream
@@ -150,6 +159,11 @@ def _images(data: DataConfig, seed: int) -> ImageData:
 @lru_cache(maxsize=4)
 def image_partition(config: FrampConfig, partitions: int) -> tuple[ImageData, Partition]:
     """The images and the partition of a run; kept for the life of the process."""
+    if config.data.name == OWN_IMAGES:
+        raise DataError(
+            f"with data.name={OWN_IMAGES!r} the images lie on the devices and nobody divides them; run it on "
+            f"SuperNodes, each with its data-dir"
+        )
     images = _images(config.data, config.seed)
     scaled = config.model_copy(update={"partition": config.partition.for_nodes(partitions)})
     return images, make_partition(scaled, images.train_labels, images.test_labels, images.classes)
@@ -207,11 +221,45 @@ def _reading_order(config: FrampConfig, client: str, use: str, positions: np.nda
     return stream(config.seed, "reading-order", client, use).permutation(positions)
 
 
+class _Holding(NamedTuple):
+    """Where a client's images are: its split of two pools, the union of all test images, and the partition's digest."""
+
+    images: ImageData
+    split: ClientSplit
+    train: LabelledImages
+    test: LabelledImages
+    union: LabelledImages
+    digest: str
+
+
+def _dealt(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
+    images, partition = image_partition(config, partitions)
+    pools, union = _pools(config, partitions), _union(config, partitions)
+    return _Holding(images, partition.clients[partition_id], *pools, union, partition.digest)
+
+
+def _own(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
+    """All images of this device, which sees nobody else's: there is no union.
+
+    What clients must agree on, and the digest says, are the classes, the shape of the images and the number of clients.
+    """
+    images, settings = _images(config.data, config.seed), config.partition.for_nodes(partitions)
+    train, test = (
+        LabelledImages(pixels, labels, np.arange(len(labels)), images.normaliser)
+        for pixels, labels in ((images.train_images, images.train_labels), (images.test_images, images.test_labels))
+    )
+    kept, validation = split_validation(train.indices, settings.validation_fraction, config.seed, partition_id)
+    role: Literal["train", "unseen"] = "train" if partition_id < settings.clients else "unseen"
+    capacity = capacities(config.capacity, settings, config.seed)[partition_id]
+    split = ClientSplit(client_name(partition_id), role, capacity, kept, validation, test.indices)
+    agreed = json.dumps([images.class_names, images.shape, settings.clients, settings.unseen_clients])
+    return _Holding(images, split, train, test, test.first(0), hashlib.sha256(agreed.encode()).hexdigest())
+
+
 def image_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
     """One client's images."""
-    images, partition = image_partition(config, partitions)
-    train, test = _pools(config, partitions)
-    split = partition.clients[partition_id]
+    find = _own if config.data.name == OWN_IMAGES else _dealt
+    images, split, train, test, union, digest = find(config, partition_id, partitions)
     own = replace(train, indices=_reading_order(config, split.name, "train", split.train))
     return ClientData(
         name=split.name,
@@ -222,9 +270,9 @@ def image_client(config: FrampConfig, partition_id: int, partitions: int) -> Cli
         train=own,
         validation=replace(train, indices=_reading_order(config, split.name, "validation", split.validation)),
         test=replace(test, indices=_reading_order(config, split.name, "test", split.test)),
-        union_test=_union(config, partitions),
+        union_test=union,
         known=own,
-        partition_digest=partition.digest,
+        partition_digest=digest,
     )
 
 

@@ -150,7 +150,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     concepts = concept_shifts(settings, classes, seed)
     clients = []
     for index, (own_train, own_test) in enumerate(zip(train, test, strict=True)):
-        kept, validation = _split_validation(own_train, settings.validation_fraction, seed, index)
+        kept, validation = split_validation(own_train, settings.validation_fraction, seed, index)
         role: Literal["train", "unseen"] = "train" if index < settings.clients else "unseen"
         held = (kept, validation, own_test)
         clients.append(ClientSplit(client_name(index), role, fractions[index], *held, features[index], concepts[index]))
@@ -298,7 +298,8 @@ def _deal(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> l
     return [np.sort(np.concatenate(hand)) for hand in hands]
 
 
-def _split_validation(indices: np.ndarray, fraction: float, seed: int, client: int) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(indices: np.ndarray, fraction: float, seed: int, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """A client's images without its validation data, and these, drawn at random; both ascending."""
     shuffled = stream(seed, "validation-split", client).permutation(indices)
     count = int(fraction * len(indices))
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])

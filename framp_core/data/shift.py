@@ -16,15 +16,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from framp_core.config import PartitionConfig
 from framp_core.errors import DataError
 from framp_core.randomness import stream
 
-# torchvision re-exports these functions without saying so to type checkers.
-F: Any = functional
+
+def _functional() -> Any:
+    """torchvision's transforms, imported on use: a device starts a process for every message, and few have a shift."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Rotation(Transform):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Rotate."""
-        rotated: Tensor = F.rotate(images, self.degrees, interpolation=InterpolationMode.BILINEAR)
+        functional = _functional()
+        bilinear = functional.InterpolationMode.BILINEAR
+        rotated: Tensor = functional.rotate(images, self.degrees, interpolation=bilinear)
         return rotated
 
 
@@ -111,7 +115,7 @@ class Colour(Transform):
     def __call__(self, images: Tensor) -> Tensor:
         """Exchange and scale the channels."""
         if images.shape[1] == 1:
-            images = F.invert(images) if self.negative else images
+            images = _functional().invert(images) if self.negative else images
         else:
             images = images[:, ["rgb".index(channel) for channel in self.order]]
         gains = torch.tensor([self.gain_red, self.gain_green, self.gain_blue])[: images.shape[1], None, None]
@@ -139,7 +143,9 @@ class Contrast(Transform):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Scale brightness and contrast."""
-        scaled: Tensor = F.adjust_contrast(F.adjust_brightness(images, self.brightness), self.contrast)
+        functional = _functional()
+        brighter = functional.adjust_brightness(images, self.brightness)
+        scaled: Tensor = functional.adjust_contrast(brighter, self.contrast)
         return scaled
 
 
@@ -169,7 +175,7 @@ class Blur(Transform):
         blurred: Tensor = images.float()
         # One direction after the other: a square kernel costs several times as much.
         for kernel in ([2 * radius + 1, 1], [1, 2 * radius + 1]):
-            blurred = F.gaussian_blur(blurred, kernel, [sigma] * 2)
+            blurred = _functional().gaussian_blur(blurred, kernel, [sigma] * 2)
         return blurred.round_().to(torch.uint8)
 
 
@@ -192,8 +198,9 @@ class Resolution(Transform):
     def __call__(self, images: Tensor) -> Tensor:
         """Scale down and up."""
         size = list(images.shape[-2:])
-        small = F.resize(images, [max(1, round(self.scale * side)) for side in size], antialias=True)
-        restored: Tensor = F.resize(small, size, antialias=True)
+        functional = _functional()
+        small = functional.resize(images, [max(1, round(self.scale * side)) for side in size], antialias=True)
+        restored: Tensor = functional.resize(small, size, antialias=True)
         return restored
 
 

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision
 from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from framp_core.config import DataConfig
 from framp_core.data.cache import cached, file_stamps
@@ -23,7 +20,11 @@ from framp_core.randomness import stream
 TEST_SHARE = 0.2
 """Share of each class that becomes test data where a source has no test split of its own."""
 
+OWN_IMAGES = "own-images"
 _SPLITS = ("train", "test")
+
+# scikit-learn and torchvision take longer to import than torch, and a device starts a process for every message: they
+# are imported where they are used, which is never for digits that are decoded already.
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
 
     - ``digits``: the 8x8 grey digits of scikit-learn, 0..16 scaled to 0..255, a fifth of each class as test data.
     - ``cifar10``, ``cifar100``: the python version in ``config.root``, with its own split.
+    - ``own-images``: an ``image-folder`` with the images of one client; folders of classes that it lacks are empty.
     - ``image-folder``: ``root/train/<class>/*`` and ``root/test/<class>/*``, or ``root/<class>/*``, of which a fifth
       of each class becomes test data. Images are RGB unless every one is grey. With ``config.image_size`` an image
       is scaled and cut at the centre to a square of that side, keeping its proportions.
@@ -94,7 +96,7 @@ def _opened(config: DataConfig, seed: int) -> ImageData:
     root = Path(config.root)
     if not root.is_dir():
         raise DataError(f"data.root={config.root!r} is not a folder; give the absolute folder of {config.name!r}")
-    return _image_folder(config, root, seed) if config.name == "image-folder" else _cifar(config, root)
+    return _image_folder(config, root, seed) if config.name in ("image-folder", OWN_IMAGES) else _cifar(config, root)
 
 
 # --- arrays in memory: digits and CIFAR -------------------------------------------------------------------------
@@ -102,6 +104,8 @@ def _opened(config: DataConfig, seed: int) -> ImageData:
 
 def _digits(config: DataConfig, seed: int) -> ImageData:
     def build(folder: Path) -> None:
+        from sklearn.datasets import load_digits
+
         images, labels = load_digits(return_X_y=True)
         pixels = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
         train, test = _stratified(labels, [str(digit) for digit in range(10)], seed)
@@ -113,6 +117,8 @@ def _digits(config: DataConfig, seed: int) -> ImageData:
 
 
 def _cifar(config: DataConfig, root: Path) -> ImageData:
+    import torchvision
+
     source: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.name]
     names = [name for name, _ in source.train_list + source.test_list] + [source.meta["filename"]]
     help_text = (
@@ -148,11 +154,12 @@ def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
             f"{str(root)!r} has a folder {own_split[0]!r} alone; lay out train/<class>/ and test/<class>/, or <class>/"
         )
     identity: dict[str, Any] = {"name": config.name, "root": str(root), "image-size": config.image_size}
+    lacking = config.name == OWN_IMAGES
     if own_split:
-        classes, *listings = _listed_splits(root)
+        classes, *listings = _listed_splits(root, lacking)
     else:
-        classes, listing = _listed(root)
-        parts = _stratified(np.array([label for _, label in listing]), classes, seed)
+        classes, listing = _listed(root, lacking)
+        parts = _stratified(np.array([label for _, label in listing]), classes, seed, lacking)
         listings = [[listing[index] for index in part] for part in parts]
         identity["seed"] = seed
     try:
@@ -163,8 +170,10 @@ def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
     return _open(cached(config.cache, {**identity, "files": stamps}, build))
 
 
-def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names of a folder of class folders, and (path, label) of every image in it."""
+def _listed(folder: Path, lacking: bool) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names of a folder of class folders, and (path, label) of every image in it; some may be ``lacking``."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise DataError(
@@ -173,7 +182,7 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     labels = {name: label for label, name in enumerate(classes)}
     files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
     empty = set(labels.values()) - {label for _, label in files}
-    if empty:
+    if not files or (empty and not lacking):
         raise DataError(
             f"{str(folder)!r} has no image of class {', '.join(repr(classes[label]) for label in sorted(empty))}; "
             f"add images ({', '.join(IMG_EXTENSIONS)}) or remove the folder"
@@ -198,6 +207,8 @@ def load_own_images(
     Raises:
         DataError: a class folder of another name, or an image that cannot be read or is of another size or colour.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     labels = {name: label for label, name in enumerate(class_names)}
     found = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."] if folder.is_dir() else []
     unknown = sorted(set(found) - set(labels))
@@ -229,8 +240,8 @@ def _like(path: str, shape: tuple[int, ...], image_size: int) -> np.ndarray:
     return _channels_first(image)
 
 
-def _listed_splits(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
-    (classes, train), (test_classes, test) = _listed(root / "train"), _listed(root / "test")
+def _listed_splits(root: Path, lacking: bool) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+    (classes, train), (test_classes, test) = _listed(root / "train", lacking), _listed(root / "test", lacking)
     for here, there, only in (
         ("train", "test", set(classes) - set(test_classes)),
         ("test", "train", set(test_classes) - set(classes)),
@@ -286,15 +297,24 @@ def _read(path: str) -> Image.Image:
 # --- shared -------------------------------------------------------------------------------------------------------
 
 
-def _stratified(labels: np.ndarray, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of train and test images, ascending: a fifth of each class, at least one, is test data."""
+def _stratified(
+    labels: np.ndarray, names: Sequence[str], seed: int, lacking: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of train and test images, ascending: a fifth of each class, at least one, is test data.
+
+    Where classes may be ``lacking``, one that has a single image trains with it.
+    """
     test = []
     for label, name in enumerate(names):
         members = np.flatnonzero(labels == label)
+        if len(members) < 2 and lacking:
+            continue
         if len(members) < 2:
             raise DataError(f"class {name!r} has {len(members)} image; at least two are needed to split off test data")
         count = max(1, round(TEST_SHARE * len(members)))
         test.append(stream(seed, "test-split", label).permutation(members)[:count])
+    if not test:
+        raise DataError("no class has two images or more; at least one such class is needed to split off test data")
     chosen = np.sort(np.concatenate(test))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 

@@ -19,7 +19,9 @@ from framp_core.report.tables import (
     human_bytes,
     human_seconds,
     per_client,
+    refusals,
     results,
+    spans,
 )
 from framp_core.run_folder import CONFIG, ENVIRONMENT, MANIFEST, MASKS, SUMMARY, RunFolder
 
@@ -186,6 +188,8 @@ def _notable(record: Record) -> str:
     if not notes:
         return "<p>None: every client answered, and no reply was refused.</p>"
     listed = "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    if refused:
+        listed += _folded("Every client that was refused or silent, and why", _table(refusals(record)))
     traced = next((entry for entry in refused if entry.traceback), None)
     if traced is None:
         return listed
@@ -223,18 +227,7 @@ def _silent_rounds(record: Record) -> list[str]:
     idle = [event["round"] for event in record.train if not event.get("learnt", True)]
     if not idle:
         return []
-    return [f"{_plural(len(idle), 'round')} changed nothing, for want of enough valid replies: {_spans(idle)}."]
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers, such as ``"3, 5 to 9"``."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
+    return [f"{_plural(len(idle), 'round')} changed nothing, for want of enough valid replies: {spans(idle)}."]
 
 
 def _environment(run: RunFolder) -> str:

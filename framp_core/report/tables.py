@@ -108,6 +108,26 @@ def communication(record: Record) -> Table:
     return Table(("Size", *down, *up, "Mask alone", "Exchanges"), tuple(rows), emphasised=True)
 
 
+def refusals(record: Record) -> Table:
+    """Refused and missing replies: one row for each client, kind of message and reason, by the first round."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for refused in record.refused:
+        found.setdefault((refused.client, refused.kind, refused.error), []).append(refused.round)
+    rows = [(client, kind, spans(rounds), error) for (client, kind, error), rounds in found.items()]
+    return Table(("Client", "Asked for", "Rounds", "Reason"), cells(rows), labels=4)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, such as ``"3, 5 to 9"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in runs)
+
+
 def percent(fraction: float | None) -> str:
     """A fraction in percent with one decimal, without the sign."""
     return MISSING if fraction is None else f"{100 * fraction:.1f}"

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,3 +244,10 @@ def test_augmentation_at_test_touches_the_clients_own_test_images_alone(tiny: Bu
     assert len(locals_of_rounds | {clean["local-correct"]}) > 1
     fine_tuned = tiny({**augmented, "capacity.sizes": "1", "evaluation.fine-tune-steps": 1})
     assert "local-correct-tuned" in ask(fine_tuned, "evaluate", blob, final=True)["metrics"]
+
+
+def test_a_client_starts_without_the_libraries_that_it_seldom_needs() -> None:
+    """On a device a process starts for every message, and these take longer to import than PyTorch."""
+    code = "import sys, client_app.app; print(*{'sklearn', 'torchvision', 'scipy', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -97,6 +97,10 @@ def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
         ({**GRAPH, "data.augment": True}, "data.augment=True means nothing"),
         ({"partition.overlap": 5}, "is images, for which partition.overlap=5 means nothing"),
         ({"graph.hops": 1}, "graph.hops=1 means nothing"),
+        (
+            {"data.name": "own-images", "partition.alpha": 0.1},
+            "nobody divides, for which partition.alpha=0.1 means nothing",
+        ),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:

@@ -20,7 +20,7 @@ from framp_core.metrics import ClientAccuracy
 from framp_core.report import finish, results_table, summary_of_run, write_report
 from framp_core.report.figures import _accuracy_by_size, size_colours
 from framp_core.report.summary import Record, summary_of
-from framp_core.report.tables import human_bytes, human_seconds, results
+from framp_core.report.tables import human_bytes, human_seconds, refusals, results
 from framp_core.run_folder import RunFolder
 
 SIZES = ("1/64", "1/16", "1/4", "1")
@@ -341,6 +341,23 @@ def test_the_first_traceback_of_the_run_is_folded_into_the_page(tmp_path: Path) 
     assert "the second" not in html
     # One refusal of the synthetic run, in round 2; the first of all is that of the join event.
     assert "4 replies refused from 3 clients. The first: client-0004, join, round 1: late reply" in html
+
+
+def test_every_refused_client_is_listed_with_its_rounds_and_reasons(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", FrampConfig())
+    silent, garbage = ({"client": "a", "error": "no reply"}, {"client": "b", "error": "it is <b>garbage</b>"})
+    for round, refused in ((1, [silent, garbage]), (2, [garbage]), (3, []), (4, [garbage])):
+        run.event("train", round, clients=[], refused=refused, seconds=1.0)
+    run.event("evaluate", 4, accuracies=[], down_bytes=0, refused=[garbage], seconds=0.1)
+    rows = [[cell.text for cell in row] for row in refusals(Record.of(run)).rows]
+    assert rows == [
+        ["a", "train", "1", "no reply"],
+        ["b", "train", "1 to 2, 4", "it is <b>garbage</b>"],
+        ["b", "evaluate", "4", "it is <b>garbage</b>"],
+    ]
+    page = write_report(run.path).read_text("utf-8")
+    assert "it is &lt;b&gt;garbage&lt;/b&gt;</td>" in page
+    assert "<b>garbage" not in page
 
 
 def test_rounds_that_changed_nothing_are_listed_as_spans(tmp_path: Path) -> None:
