@@ -5,7 +5,8 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +19,8 @@ from framp_core.checkpoints import Checkpoint
 from framp_core.codec import Encoded, decode_update, encode_slim, encode_submodel
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.deltas import dense
+from framp_core.defence import Defence, Verdict, norm
+from framp_core.deltas import KeptDeltas, dense
 from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError, ResumeError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
@@ -40,6 +42,7 @@ from server_app.recording import (
     read_prior_counts,
     refusal_rows,
     train_row,
+    verdict_row,
 )
 from server_app.registry import ClientRecord, ClientRegistry
 from server_app.replies import Refusal, Reply, held_reference, read_replies
@@ -72,6 +75,11 @@ class ClientUpdate:
     prototypes: Prototypes
     loss: float
     examples: int
+
+    @cached_property
+    def norm(self) -> float:
+        """Length of the delta."""
+        return norm(self.delta)
 
     def dense_delta(self) -> np.ndarray:
         """Delta over all n positions, zero where nothing was kept."""
@@ -169,6 +177,7 @@ class SubmodelStrategy(Strategy):
         self.registry = ClientRegistry(config, self._instruction(0))
         self.layout: ParameterLayout
         self.references: MaskReferences
+        self.defence = Defence(config.defence)
         self.rounds_done = 0
         self._origin = origin(config, type(self))
         self._checkpoint: Checkpoint | None = None
@@ -204,8 +213,8 @@ class SubmodelStrategy(Strategy):
         return extract(theta, self.layout, self.config.extraction, client.capacity)
 
     def sample(self, clients: Sequence[ClientRecord], server_round: int) -> list[ClientRecord]:
-        """Choose who trains: ``server.clients-per-round`` of ``clients``, uniformly, without replacement."""
-        count = min(self.config.server.clients_per_round, len(clients))
+        """Choose who trains: ``server.clients-per-round`` of ``clients`` and what over-sampling adds, uniformly."""
+        count = min(self.config.server.clients_asked, len(clients))
         chosen = stream(self.config.seed, "client-sampling", server_round).choice(len(clients), count, replace=False)
         return [clients[index] for index in sorted(chosen)]
 
@@ -273,6 +282,9 @@ class SubmodelStrategy(Strategy):
                 updates.append(update)
                 item = sent[reply.client]
                 rows.append(train_row(update, item.parts, parts, item.mask_alone))
+        verdicts = self._judge(updates)
+        rows = [{**row, **verdict_row(verdict)} for row, verdict in zip(rows, verdicts, strict=True)]
+        updates = [_defended(*pair) for pair in zip(updates, verdicts, strict=True) if not pair[1].screened]
         learnt, metrics = self._learn(updates, server_round)
         if learnt and server_round in (ALIGNED_ROUND, self.config.rounds):
             self._keep_prototypes(updates, server_round)
@@ -358,7 +370,7 @@ class SubmodelStrategy(Strategy):
             )
         self._build(client)
         self.restore({name: tensor for name, tensor in checkpoint.tensors.items() if name != DESCRIPTORS})
-        self._empty_rounds = saved["empty-rounds"]
+        self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
         self.run.rewind(checkpoint.round, saved["events-bytes"])
         logger.info("resumed after round %d; Flower counts the rounds that are left", checkpoint.round)
 
@@ -366,7 +378,13 @@ class SubmodelStrategy(Strategy):
         if server_round != self.config.rounds and server_round % self.config.output.checkpoint_every:
             return
         descriptors, clients = self.registry.state()
-        state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
+        state = {
+            "task": self.registry.task,
+            "clients": clients,
+            "empty-rounds": self._empty_rounds,
+            "agreements": self.defence.agreements,
+            **self._origin,
+        }
         with span("server.checkpoint"):
             self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
 
@@ -404,6 +422,7 @@ class SubmodelStrategy(Strategy):
         self.references = MaskReferences(self.layout.maskable_sizes, visits)
         self._classes, self._feature_size = client.classes, model.feature_size
         initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
+        self._largest_norm = self.config.defence.largest_norm * norm(initial.numpy()) or math.inf
         return self.build(initial, model.feature_size, client)
 
     def _start(self, clients: Sequence[ClientRecord]) -> None:
@@ -495,15 +514,34 @@ class SubmodelStrategy(Strategy):
             loss, examples = float(metrics["loss"]), int(metrics["examples"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the reply lacks or garbles a field: {type(error).__name__} {error}") from error
-        if not math.isfinite(loss) or examples < 1:
-            raise ProtocolError(f"the reply reports loss {loss} over {examples} examples; expected finite, at least 1")
+        registered = sent.client.train_examples
+        if not math.isfinite(loss) or not 1 <= examples <= registered:
+            raise ProtocolError(
+                f"the reply reports loss {loss} over {examples} examples; expected are a finite loss and 1 to "
+                f"{registered} examples, as many as the client registered with"
+            )
         mask = sent.mask(self.layout.size)
         feature_size = 0 if self.slim else self._feature_size
         update = decode_update(blob, self.layout, mask, self._classes, feature_size)  # type: ignore[arg-type]
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, mask, update.delta_kept, update.prototypes, loss, examples)
+        if accepted.norm > self._largest_norm:
+            raise ProtocolError(
+                f"the delta has length {accepted.norm:.3g}, and {self._largest_norm:.3g} is the largest that is taken "
+                f"(defence.largest-norm={self.config.defence.largest_norm:g} times the initial network); lower "
+                f"local.learning-rate if honest clients send such"
+            )
+        claimed = int(update.prototypes.counts.sum())
+        if claimed > registered:
+            raise ProtocolError(f"the prototypes claim {claimed} examples; the client registered with {registered}")
         return accepted, update.parts
+
+    def _judge(self, updates: Sequence[ClientUpdate]) -> list[Verdict]:
+        masks = [update.mask for update in updates]
+        deltas = KeptDeltas([update.delta for update in updates], masks)
+        names, norms = [update.client.name for update in updates], [update.norm for update in updates]
+        return self.defence.judge(names, deltas, masks, norms)
 
     @span("server.aggregate")
     def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:
@@ -538,6 +576,13 @@ class SubmodelStrategy(Strategy):
             trace = f"\n{row['traceback']}" if "traceback" in row else ""
             logger.warning("round %d: %s refused: %s%s", server_round, row["client"], row["error"], trace)
         self.run.event(kind, server_round, refused=rows, seconds=time.monotonic() - self._started, **fields)
+
+
+def _defended(update: ClientUpdate, verdict: Verdict) -> ClientUpdate:
+    """The update as the server learns from it."""
+    if verdict.shortened == 1:
+        return update
+    return replace(update, delta=update.delta * np.float32(verdict.shortened))
 
 
 def _unpacked(bits: np.ndarray, size: int) -> np.ndarray:
