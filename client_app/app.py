@@ -39,6 +39,7 @@ def check_fingerprint(expected: str) -> None:
 @span("client.other")
 def answer(handler: Handler, message: Message, context: Context) -> Message:
     """Run ``handler`` and wrap its result, or the error it raised, in a reply."""
+    client = None
     try:
         instruction = Instruction.read(message.content)
         check_fingerprint(instruction.fingerprint)
@@ -48,6 +49,8 @@ def answer(handler: Handler, message: Message, context: Context) -> Message:
             content = handler(instruction, client)
     except Exception as error:
         content = RecordDict({"error": _describe_error(error)})
+        if client is not None:  # A client that refuses a submodel of the wrong size says which one is right.
+            content["framp"] = _framp(client)
     return Message(content, reply_to=message)
 
 
@@ -58,8 +61,8 @@ def _describe_error(error: Exception) -> ConfigRecord:
 
 
 def _framp(client: Client, **values: ConfigRecordValues) -> ConfigRecord:
-    """The record ``framp`` of a reply; it names the reference mask that the client holds."""
-    name = client.held.name
+    """The record ``framp`` of a reply; it tells the client's capacity and names the reference mask that it holds."""
+    values, name = {**values, "capacity": str(client.data.capacity)}, client.held.name
     return ConfigRecord(values if name is None else {**values, "reference": name})
 
 

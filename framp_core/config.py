@@ -384,7 +384,7 @@ class DefenceConfig(_Section):
         "none", description="cosine: deltas that do not go the way of the round's others are left out"
     )
     screening_threshold: float = Field(
-        0.4, ge=-1, le=1, description="agreement below which a client is left out; the median client's is 1"
+        0.5, ge=-1, le=1, description="agreement below which a client is left out; the median client's is 1"
     )
     screening_memory: float = Field(0.7, ge=0, lt=1, description="share of the past in a client's agreement")
     prototypes: Literal["mean", "median", "trimmed-mean"] = Field(

@@ -20,12 +20,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client whose reply is missing or was refused; ``traceback`` where the client sent one."""
+    """A client whose reply is missing or was refused; ``traceback`` and ``capacity`` where the client sent one."""
 
     client: str
     error: str
     traceback: str = ""
     missing: bool = False
+    capacity: object = None
 
     @classmethod
     def of(cls, client: str, error: Exception) -> "Refusal":
@@ -49,11 +50,11 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
         client = sent.get(message.metadata.reply_to_message_id)
         if client is None or client in good:
             continue
-        problem = _problem(client, message)
-        if problem is None:
+        found = problem(client, message)
+        if found is None:
             good[client] = Reply(client, message.content)
         else:
-            refused[client] = problem
+            refused[client] = found
     for client in set(sent.values()) - set(good) - set(refused):
         refused[client] = Refusal(client, "no reply before the deadline", missing=True)
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
@@ -64,12 +65,18 @@ def held_reference(content: RecordDict) -> object:
     return content.config_records.get("framp", ConfigRecord()).get("reference")
 
 
+def told_capacity(content: RecordDict) -> object:
+    """The capacity that a client says it has now, None if it says nothing."""
+    return content.config_records.get("framp", ConfigRecord()).get("capacity")
+
+
 def without_colours(text: str) -> str:
     """Text of a log without the terminal's colour codes."""
     return _ANSI.sub("", text)
 
 
-def _problem(client: str, message: Message) -> Refusal | None:
+def problem(client: str, message: Message) -> Refusal | None:
+    """Why a reply of this client is none, if it is an error of Flower's or of its own; None if it carries content."""
     if message.has_error():
         reason = _last_line(without_colours(message.error.reason or ""))
         return Refusal(client, f"Flower error {message.error.code}: {reason}")
@@ -77,7 +84,7 @@ def _problem(client: str, message: Message) -> Refusal | None:
     if error is None:
         return None
     kind, reason, trace = (str(error.get(key, "")) for key in ("type", "reason", "traceback"))
-    return Refusal(client, f"{kind}: {reason}", trace)
+    return Refusal(client, f"{kind}: {reason}", trace, capacity=told_capacity(message.content))
 
 
 def _last_line(text: str) -> str:

@@ -5,6 +5,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -45,7 +46,7 @@ from server_app.recording import (
     verdict_row,
 )
 from server_app.registry import ClientRecord, ClientRegistry
-from server_app.replies import Refusal, Reply, held_reference, read_replies
+from server_app.replies import Refusal, Reply, held_reference, read_replies, told_capacity
 from server_app.resume import origin
 
 logger = logging.getLogger("flwr.framp")
@@ -271,6 +272,7 @@ class SubmodelStrategy(Strategy):
         """Update the server's state from the valid replies; the rest is refused and recorded."""
         server_round += self.rounds_done
         sent, good, refused = self._collect(replies)
+        refused, unused = self._without_unused(refused, len(good))
         updates, rows = [], []
         for reply in good:
             try:
@@ -288,7 +290,7 @@ class SubmodelStrategy(Strategy):
         learnt, metrics = self._learn(updates, server_round)
         if learnt and server_round in (ALIGNED_ROUND, self.config.rounds):
             self._keep_prototypes(updates, server_round)
-        self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
+        self._record("train", server_round, refused, clients=rows, unused=unused, learnt=learnt, server=metrics)
         self._outbox = []
         self._stop_if_hopeless(server_round, learnt, refused)
         final = server_round == self.config.rounds
@@ -397,7 +399,8 @@ class SubmodelStrategy(Strategy):
             self._begin(grid)
             known = known or dict(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
-        joined = [client for name, client in self.registry.clients.items() if name not in known]
+        resized = self.registry.take_resized()
+        joined = [each for name, each in self.registry.clients.items() if name not in known or name in resized]
         for name, client in self.registry.clients.items():
             if client is not known.get(name):
                 self.references.confirm(name, client.reference)
@@ -497,14 +500,30 @@ class SubmodelStrategy(Strategy):
 
     def _collect(self, replies: Iterable[Message]) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.message.metadata.message_id: item.client.name for item in self._outbox}
-        good, refused = read_replies(names, replies)
-        for reply in good:
-            self.references.confirm(reply.client, held_reference(reply.content))
+        answered, refused = read_replies(names, replies)
+        good = []
+        for reply in answered:
+            try:
+                self.registry.hear(reply.client, told_capacity(reply.content))
+            except FrampError as error:
+                refused.append(Refusal.of(reply.client, error))
+            else:
+                self.references.confirm(reply.client, held_reference(reply.content))
+                good.append(reply)
         for refusal in refused:
             self.references.forget(refusal.client)
+            with suppress(FrampError):  # Its reply is refused already, and its capacity stays what it was.
+                self.registry.hear(refusal.client, refusal.capacity)
         for item in self._outbox:  # What it carried has arrived; all of them are as large as the updates to come.
             item.message.content = RecordDict()
         return {item.client.name: item for item in self._outbox}, good, refused
+
+    def _without_unused(self, refused: Sequence[Refusal], good: int) -> tuple[list[Refusal], list[str]]:
+        """Set the clients apart whose replies an over-sampled round did not wait for; that is no fault of theirs."""
+        server = self.config.server
+        if not server.over_sampling or good < server.clients_per_round:
+            return list(refused), []
+        return [each for each in refused if not each.missing], [each.client for each in refused if each.missing]
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
