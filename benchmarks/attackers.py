@@ -40,18 +40,18 @@ DELTAS: dict[str, Delta] = {
 """Attacks on the delta alone: from the honest one, float32 ``(k,)``, to the one that is sent."""
 ATTACKS = (*DELTAS, "label-flip", "prototype-poisoning", "descriptor-spoofing")
 
-GARBAGE: dict[str, Callable[[np.ndarray], bytes]] = {
-    "noise": lambda delta: bytes(range(256)),
-    "wrong k": lambda delta: _update(delta[:-1]),
-    "NaN": lambda delta: _update(np.full_like(delta, np.nan)),
-    "absurd norm": lambda delta: _update(np.full_like(delta, 1e30)),
+GARBAGE: dict[str, Callable[[np.ndarray, bytes], bytes]] = {
+    "noise": lambda delta, prototypes: bytes(range(256)),
+    "wrong k": lambda delta, prototypes: _update(delta[:-1], prototypes),
+    "NaN": lambda delta, prototypes: _update(np.full_like(delta, np.nan), prototypes),
+    "absurd norm": lambda delta, prototypes: _update(np.full_like(delta, 1e30), prototypes),
 }
 """Replies that the server has to refuse, by what is wrong with them."""
 
 app = ClientApp()
 
 
-class Vanished(RuntimeError):
+class VanishedError(RuntimeError):
     """The client is lost for this round; its reply is Flower's own error."""
 
 
@@ -60,14 +60,14 @@ def _direction(size: int, rng: np.random.Generator) -> np.ndarray:
     return noise / np.linalg.norm(noise)
 
 
-def _update(delta: np.ndarray, prototypes: bytes = encode_prototypes(None)) -> bytes:
+def _update(delta: np.ndarray, prototypes: bytes) -> bytes:
     return pack(UPDATE, "float32", delta.astype("<f4").tobytes(), prototypes).blob
 
 
-def _read_update(blob: bytes) -> tuple[np.ndarray, memoryview]:
+def _read_update(blob: bytes) -> tuple[np.ndarray, bytes]:
     """The delta of an honest update in float32, and the code of its prototypes."""
     contents = unpack(blob, UPDATE).contents
-    return np.frombuffer(contents["values"], "<f4"), contents["prototypes"]
+    return np.frombuffer(contents["values"], "<f4"), bytes(contents["prototypes"])
 
 
 def _with_flipped_labels(client: Client) -> Client:
@@ -86,8 +86,8 @@ def _poisoned(own: Prototypes) -> Prototypes:
 def _lying_update(attack: str, blob: bytes, client: Client, rng: np.random.Generator) -> bytes:
     delta, prototypes = _read_update(blob)
     if attack in DELTAS:
-        return _update(DELTAS[attack](delta, rng), bytes(prototypes))
-    own = decode_prototypes(prototypes, client.data.classes, client.model.model.feature_size)
+        return _update(DELTAS[attack](delta, rng), prototypes)
+    own = decode_prototypes(memoryview(prototypes), client.data.classes, client.model.model.feature_size)
     assert own is not None
     return _update(delta, encode_prototypes(_poisoned(own)))
 
@@ -101,7 +101,7 @@ def _train(instruction: Instruction, client: Client, attack: str, malformed: boo
     assert isinstance(blob, bytes)
     if malformed:
         kinds = list(GARBAGE.values())
-        record["payload"] = kinds[instruction.server_round % len(kinds)](_read_update(blob)[0])
+        record["payload"] = kinds[instruction.server_round % len(kinds)](*_read_update(blob))
     elif attack in (*DELTAS, "prototype-poisoning"):
         record["payload"] = _lying_update(attack, blob, client, rng)
     return content
@@ -139,7 +139,7 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Flower handler of ``train``."""
     if _fails(message, context, "lost"):
-        raise Vanished("the client vanished in this round")
+        raise VanishedError("the client vanished in this round")
     attack, malformed = _attack(context), _fails(message, context, "malformed")
     return answer(lambda instruction, client: _train(instruction, client, attack, malformed), message, context)
 

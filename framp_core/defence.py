@@ -123,10 +123,9 @@ def combined_prototypes(
     classes = np.unique(np.concatenate([each.classes for each in local])) if local else np.zeros(0, np.int64)
     means, counts = [], []
     for label in classes:
-        rows = [(each.means[where][0], each.counts[where][0]) for each in local if (where := each.classes == label).any()]
-        sent = np.stack([mean for mean, _ in rows]).astype(np.float64)
+        sent = np.concatenate([each.means[each.classes == label] for each in local]).astype(np.float64)
         means.append(np.median(sent, axis=0) if rule == "median" else trim_mean(sent, trimmed_share, axis=0))
-        counts.append(sum(int(count) for _, count in rows))
+        counts.append(sum(int(each.counts[each.classes == label].sum()) for each in local))
     width = local[0].means.shape[1] if local else 0
     stacked = np.stack(means).astype(np.float32) if means else np.zeros((0, width), np.float32)
     return Prototypes(classes, np.array(counts, np.int64), stacked)
@@ -164,9 +163,7 @@ class Defence:
         now = agreement(pairwise_cosines(deltas, masks), self.config.trimmed_share)
         remembered = [self._remember(name, float(value)) for name, value in zip(names, now, strict=True)]
         threshold = self.config.screening_threshold
-        return [
-            Verdict(factor, value, value < threshold) for factor, value in zip(factors, remembered, strict=True)
-        ]
+        return [Verdict(factor, value, value < threshold) for factor, value in zip(factors, remembered, strict=True)]
 
     def prototypes(self, local: Iterable[Prototypes]) -> list[Prototypes]:
         """What the bank of prototypes takes in: the clients' own, or one robust combination of them."""

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from server_app.replies import problem
 
 if TYPE_CHECKING:
-    from flwr.common.typing import Run
+    from flwr.supercore.run import Run
 
 POLL_SECONDS = 0.2
 
@@ -68,7 +68,8 @@ class FirstReplies(Grid):
         if not messages or messages[0].metadata.message_type != MessageType.TRAIN:
             return self._grid.send_and_receive(messages, timeout=timeout)
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        waiting, replies = set(self.push_messages(messages)), []
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
         del messages
         while True:
             replies += self.pull_messages(waiting)
