@@ -22,10 +22,10 @@ from framp_core.defence import (
 from framp_core.deltas import KeptDeltas
 from framp_core.prototypes import PrototypeBank, Prototypes
 
-CLIENTS, SIZE = 10, 400
+CLIENTS, SIZE = 10, 4000
 
 
-def cohort(seed: int, liars: int = 0, noise: float = 2.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def cohort(seed: int, liars: int = 0, noise: float = 1.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Dense deltas and masks of clients that share a direction below their noise; the first ones send its opposite."""
     rng = np.random.default_rng(seed)
     direction = rng.normal(size=SIZE)
