@@ -19,7 +19,7 @@ from framp_core.prototypes import Prototypes
 GROUP_FLOATS = 2**24
 """Floats of dense deltas held at once while they are compared."""
 FEWEST = 4
-"""Clients in a round below which nothing is screened: of two or three nobody can tell who is wrong."""
+"""Trusted clients in a round below which nobody is judged: of two or three nobody can tell who is wrong."""
 _DIGITS = 6
 """Digits of a cosine; those beyond depend on the order in which a BLAS sums, and so on its threads."""
 
@@ -82,29 +82,31 @@ def pairwise_cosines(deltas: Sequence[np.ndarray], masks: Sequence[np.ndarray]) 
     return np.round(np.divide(products, lengths, out=np.full_like(products, np.nan), where=lengths > 0), _DIGITS)
 
 
-def agreement(cosines: np.ndarray, trimmed_share: float) -> np.ndarray:
+def agreement(cosines: np.ndarray, trimmed_share: float, trusted: np.ndarray) -> np.ndarray:
     """How far each client goes the way of the others, ``(c,)``: 1 like the median client, 0 not at all, -1 against.
 
-    ``s_i`` is the mean of ``cos_ij`` over the others j, a share of the largest and of the smallest left out, so that a
-    few liars who agree among themselves cannot vouch for each other. It is divided by the median of all ``s_j`` and
-    cut to [-1, 1]: clients whose classes differ have small cosines, all of them, and how small depends on the data.
-    Comparing each update with the aggregate's direction is the idea of Munoz-Gonzalez et al. 2019 (adaptive model
-    averaging, AFA); mean and threshold differ. If half of the clients agree with nobody (the median is not positive),
-    or fewer than four take part, nobody stands out: all get 1.
+    ``s_i`` is the mean of ``cos_ij`` over the other trusted clients j, a share of the largest and of the smallest left
+    out, so that a few liars who agree among themselves cannot vouch for each other. It is divided by the median of the
+    trusted clients' ``s_j`` and cut to [-1, 1]: clients whose classes differ have small cosines, all of them, and how
+    small depends on the data. Comparing each update with the aggregate's direction, from which those found before are
+    left out, is the idea of Munoz-Gonzalez et al. 2019 (adaptive model averaging, AFA); mean and threshold differ.
 
     Args:
         cosines: of :func:`pairwise_cosines`.
         trimmed_share: in [0, 0.5).
+        trusted: bool ``(c,)``, the clients that others are compared with.
+
+    Returns:
+        NaN where nothing can be told: for a client that shares no position with a trusted one or did not move, and for
+        all where fewer than four are trusted or half of those agree with nobody (the median is not positive).
     """
-    others = cosines.copy()
+    others = np.where(trusted, cosines, np.nan)
     np.fill_diagonal(others, np.nan)
     known = [row[np.isfinite(row)] for row in others]
     means = np.array([float(trim_mean(row, trimmed_share)) if row.size else np.nan for row in known])
-    middle = np.median(means[np.isfinite(means)]) if np.isfinite(means).any() else 0.0
-    if len(cosines) < FEWEST or middle <= 0:
-        return np.ones(len(cosines))
-    # One whose delta meets nobody's, or is zero, has done nothing that could be held against it.
-    return np.nan_to_num(np.clip(means / middle, -1, 1), nan=1.0)
+    reference = means[trusted & np.isfinite(means)]
+    middle = np.median(reference) if reference.size >= FEWEST else 0.0
+    return np.clip(means / middle, -1, 1) if middle > 0 else np.full(len(cosines), np.nan)
 
 
 def combined_prototypes(
@@ -139,7 +141,7 @@ class Defence:
 
     Attributes:
         agreements: of each client that was judged, by name: ``a <- memory * a + (1 - memory) * agreement``, from its
-            first agreement on. A checkpoint has to hold it.
+            first agreement on; a round that cannot tell leaves it as it was. A checkpoint has to hold it.
     """
 
     def __init__(self, config: DefenceConfig) -> None:
@@ -160,9 +162,10 @@ class Defence:
         factors = shortening(norms, self.config.norm_bound) if self.config.norm_bound else [1.0] * len(names)
         if self.config.screening == "none" or not names:
             return [Verdict(factor) for factor in factors]
-        now = agreement(pairwise_cosines(deltas, masks), self.config.trimmed_share)
-        remembered = [self._remember(name, float(value)) for name, value in zip(names, now, strict=True)]
         threshold = self.config.screening_threshold
+        trusted = np.array([self.agreements.get(name, 1.0) >= threshold for name in names])
+        now = agreement(pairwise_cosines(deltas, masks), self.config.trimmed_share, trusted)
+        remembered = [self._remember(name, float(value)) for name, value in zip(names, now, strict=True)]
         return [Verdict(factor, value, value < threshold) for factor, value in zip(factors, remembered, strict=True)]
 
     def prototypes(self, local: Iterable[Prototypes]) -> list[Prototypes]:
@@ -174,5 +177,6 @@ class Defence:
 
     def _remember(self, name: str, now: float) -> float:
         memory, before = self.config.screening_memory, self.agreements.get(name, now)
-        self.agreements[name] = memory * before + (1 - memory) * now
-        return self.agreements[name]
+        if not np.isnan(now):
+            self.agreements[name] = memory * before + (1 - memory) * now
+        return self.agreements.get(name, 1.0)

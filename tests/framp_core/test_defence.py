@@ -23,6 +23,7 @@ from framp_core.deltas import KeptDeltas
 from framp_core.prototypes import PrototypeBank, Prototypes
 
 CLIENTS, SIZE = 10, 4000
+ALL = np.ones(CLIENTS, bool)
 
 
 def cohort(seed: int, liars: int = 0, noise: float = 1.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -76,14 +77,14 @@ def test_the_length_neither_overflows_nor_depends_on_a_library(delta: np.ndarray
 @pytest.mark.parametrize("liars", [1, 2, 3])
 def test_those_who_go_the_other_way_are_told_apart(liars: int) -> None:
     for seed in range(5):
-        found = agreement(pairwise_cosines(*cohort(seed, liars)), 0.2)
+        found = agreement(pairwise_cosines(*cohort(seed, liars)), 0.2, ALL)
         assert max(found[:liars]) < 0 < 0.5 < min(found[liars:])
 
 
 def test_noise_agrees_with_nobody() -> None:
     deltas, masks = cohort(0)
     deltas[0] = np.random.default_rng(1).normal(size=SIZE).astype(np.float32) * masks[0]
-    found = agreement(pairwise_cosines(deltas, masks), 0.2)
+    found = agreement(pairwise_cosines(deltas, masks), 0.2, ALL)
     assert abs(found[0]) < 0.3 < 0.5 < min(found[1:])
 
 
@@ -93,18 +94,27 @@ def test_two_liars_cannot_vouch_for_each_other() -> None:
     cosines[:2, :], cosines[:, :2] = 0.0, 0.0
     cosines[:2, :2] = 1.0
     np.fill_diagonal(cosines, 1.0)
-    assert agreement(cosines, 0.2)[:2].tolist() == [0.0, 0.0]
-    untrimmed = agreement(cosines, 0.0)
+    assert agreement(cosines, 0.2, ALL)[:2].tolist() == [0.0, 0.0]
+    untrimmed = agreement(cosines, 0.0, ALL)
     assert untrimmed[:2] == pytest.approx([1.0, 1.0])  # (1 / 9) / (7 * 0.1 / 9), cut to 1
 
 
 def test_nobody_stands_out_where_there_is_nothing_to_stand_out_from() -> None:
-    equal = np.ones((6, 6))
-    assert agreement(equal, 0.2).tolist() == [1.0] * 6
-    assert agreement(-equal, 0.2).tolist() == [1.0] * 6
-    assert agreement(np.full((6, 6), np.nan), 0.2).tolist() == [1.0] * 6
-    few = np.array([[1, 0.9, -0.9], [0.9, 1, -0.9], [-0.9, -0.9, 1]])
-    assert agreement(few, 0.2).tolist() == [1.0] * 3
+    equal, all_six = np.ones((6, 6)), np.ones(6, bool)
+    assert agreement(equal, 0.2, all_six).tolist() == [1.0] * 6
+    for undecided in (-equal, np.full((6, 6), np.nan)):
+        assert np.isnan(agreement(undecided, 0.2, all_six)).all()
+    assert np.isnan(agreement(equal, 0.2, np.arange(6) < 3)).all()
+    assert agreement(equal, 0.2, np.arange(6) < 4).tolist() == [1.0] * 6
+
+
+def test_known_liars_are_no_reference() -> None:
+    """With five of ten nobody can tell who lies, unless two of the five were found before."""
+    cosines = pairwise_cosines(*cohort(0, liars=5))
+    blind = agreement(cosines, 0.2, ALL)
+    assert np.isnan(blind).all() or blind[:5].max() > 0
+    seeing = agreement(cosines, 0.2, np.arange(CLIENTS) > 1)
+    assert max(seeing[:5]) < 0 < 0.5 < min(seeing[5:])
 
 
 def test_one_who_shares_no_weight_with_the_others_is_left_alone() -> None:
@@ -112,7 +122,11 @@ def test_one_who_shares_no_weight_with_the_others_is_left_alone() -> None:
     masks = [mask & (np.arange(SIZE) > 0) for mask in masks]
     masks[3] = np.arange(SIZE) == 0
     deltas = [delta * mask for delta, mask in zip(deltas, masks, strict=True)]
-    assert agreement(pairwise_cosines(deltas, masks), 0.2)[3] == 1.0
+    names = [str(index) for index in range(CLIENTS)]
+    defence = Defence(DefenceConfig(screening="cosine"))
+    verdict = defence.judge(names, deltas, masks, [norm(delta) for delta in deltas])[3]
+    assert (verdict.agreement, verdict.screened) == (1.0, False)
+    assert "3" not in defence.agreements
 
 
 def test_agreement_is_remembered_and_screened_by() -> None:
@@ -125,7 +139,7 @@ def test_agreement_is_remembered_and_screened_by() -> None:
 
     honest = judged(0)[0].agreement
     assert honest is not None
-    now = float(agreement(pairwise_cosines(*cohort(0, 1)), 0.2)[0])
+    now = float(agreement(pairwise_cosines(*cohort(0, 1)), 0.2, ALL)[0])
     turned = judged(1)
     assert turned[0].agreement == pytest.approx(0.75 * honest + 0.25 * now)
     assert [verdict.screened for verdict in turned] == [True] + [False] * (CLIENTS - 1)
