@@ -227,7 +227,7 @@ def trained(kind: str, config: FrampConfig) -> Iterator[Visits]:
         def configure_train(self, *given: Any) -> list[Any]:
             messages: list[Any] = super().configure_train(*given)
             layouts.append(self.layout)
-            masks = [(item.client.capacity, item.mask_bits) for item in self._outbox]
+            masks = [(item.client.capacity, item.mask.bits) for item in self._outbox]
             sent[:] = [*sent[-3:], masks]  # a size may be absent from the last rounds
             return messages
 

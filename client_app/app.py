@@ -46,7 +46,7 @@ def answer(handler: Handler, message: Message, context: Context) -> Message:
     def content() -> RecordDict:
         instruction, client = open_message(message, context)
         with torch_threads(client.config.local.threads):
-            return handler(instruction, client)
+            return content_or_error(lambda: handler(instruction, client), client)
 
     return Message(content_or_error(content), reply_to=message)
 
@@ -63,12 +63,15 @@ def open_message(message: Message, context: Context) -> tuple[Instruction, Clien
     return instruction, Client.of(context.run_config, context.node_config, instruction.overrides, held)
 
 
-def content_or_error(content: Callable[[], T]) -> T | RecordDict:
-    """What ``content`` returns; or, as a reply's content, the error it raised."""
+def content_or_error(content: Callable[[], T], client: Client | None = None) -> T | RecordDict:
+    """What ``content`` returns; or, as a reply's content, the error it raised, and what the client tells besides."""
     try:
         return content()
     except Exception as error:
-        return RecordDict({"error": _describe_error(error)})
+        content_of_error = RecordDict({"error": _describe_error(error)})
+        if client is not None:  # A client that refuses a submodel of the wrong size says which one is right.
+            content_of_error["framp"] = _framp(client)
+        return content_of_error
 
 
 def _describe_error(error: Exception) -> ConfigRecord:
@@ -78,8 +81,8 @@ def _describe_error(error: Exception) -> ConfigRecord:
 
 
 def _framp(client: Client, **values: ConfigRecordValues) -> ConfigRecord:
-    """The record ``framp`` of a reply; it names the reference mask that the client holds."""
-    name = client.held.name
+    """The record ``framp`` of a reply; it tells the client's capacity and names the reference mask that it holds."""
+    values, name = {**values, "capacity": str(client.data.capacity)}, client.held.name
     return ConfigRecord(values if name is None else {**values, "reference": name})
 
 

@@ -39,9 +39,11 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
     return [Message(contents[place], reply_to=message) for place, message in enumerate(messages)]
 
 
-def _open(message: Message, context: Context) -> Work:
+def _open(message: Message, context: Context) -> Work | RecordDict:
     instruction, client = open_message(message, context)
-    return client, client.assignment(instruction.payload, instruction.server_round)
+    read = partial(client.assignment, instruction.payload, instruction.server_round)
+    given = content_or_error(read, client)
+    return given if isinstance(given, RecordDict) else (client, given)
 
 
 def _program_of(given: Assignment, place: int) -> object:
@@ -58,7 +60,7 @@ def _train(works: Sequence[Work]) -> list[RecordDict]:
         results = content_or_error(lambda: _results(works))
         if isinstance(results, RecordDict):
             return [results] * len(works)
-        return [content_or_error(partial(_content, *pair)) for pair in zip(works, results, strict=True)]
+        return [content_or_error(partial(_content, *pair), pair[0][0]) for pair in zip(works, results, strict=True)]
 
 
 def _results(works: Sequence[Work]) -> list[LocalResult | ModelError | None]:

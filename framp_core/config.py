@@ -341,6 +341,12 @@ class ServerConfig(_Section):
     """Sampling, update of the generator, patience."""
 
     clients_per_round: int = Field(10, ge=1)
+    over_sampling: float = Field(
+        0.0,
+        ge=0,
+        description="share of clients asked beyond those, so that a round has enough although some fail; it ends once "
+        "clients-per-round have answered",
+    )
     shared_optimizer: Literal["sgd", "adam"] = Field(
         "sgd", description="for the shared vector theta_0 and a mixture's experts"
     )
@@ -361,6 +367,46 @@ class ServerConfig(_Section):
     empty_rounds: int = Field(5, ge=1, description="rounds in a row that may learn nothing before the run fails")
     round_deadline: float = Field(600.0, gt=0, description="seconds to wait for the replies of a round")
     discovery_deadline: float = Field(120.0, gt=0, description="seconds to wait for clients at the start")
+
+    @property
+    def clients_asked(self) -> int:
+        """Clients that a round asks to train, over-sampling included."""
+        return round(self.clients_per_round * (1 + self.over_sampling))
+
+    @model_validator(mode="after")
+    def _can_reach_the_minimum(self) -> Self:
+        if self.minimum_replies > self.clients_asked:
+            raise ValueError(
+                f"server.minimum-replies={self.minimum_replies} can never be reached: a round asks "
+                f"{self.clients_asked} clients (server.clients-per-round, server.over-sampling); lower it"
+            )
+        return self
+
+
+class DefenceConfig(_Section):
+    """Against clients that fail or lie (:mod:`framp_core.defence`, docs/robustness.md)."""
+
+    largest_norm: float = Field(
+        1000.0,
+        ge=0,
+        description="a delta longer than so many times the freshly initialised network is refused; 0: none is",
+    )
+    norm_bound: float = Field(
+        0.0, ge=0, description="deltas are shortened to so many times the median length of their round; 0: off"
+    )
+    screening: Literal["none", "cosine"] = Field(
+        "none", description="cosine: deltas that do not go the way of the round's others are left out"
+    )
+    screening_threshold: float = Field(
+        0.5, ge=-1, le=1, description="agreement below which a client is left out; the median client's is 1"
+    )
+    screening_memory: float = Field(0.7, ge=0, lt=1, description="share of the past in a client's agreement")
+    prototypes: Literal["mean", "median", "trimmed-mean"] = Field(
+        "mean", description="prototypes of a round: mean by examples, or coordinate by coordinate over the clients"
+    )
+    trimmed_share: float = Field(
+        0.2, ge=0, lt=0.5, description="left out at each end by trimmed-mean, and of the cosines of a client"
+    )
 
 
 class EvaluationConfig(_Section):
@@ -457,6 +503,7 @@ class FrampConfig(_Section):
     extraction: ExtractionConfig = ExtractionConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
+    defence: DefenceConfig = DefenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
     engine: EngineConfig = EngineConfig()

@@ -12,6 +12,7 @@ from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import LOG, RunFolder
 from framp_core.run_log import about, run_log
 from framp_core.spans import span
+from server_app.first_replies import FirstReplies
 from server_app.resume import checkpoint_of
 from server_app.strategies import STRATEGIES, SubmodelStrategy
 
@@ -57,6 +58,8 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
         strategy = strategy_class(config, run)
         if config.output.resume:
             _resume(strategy)
+        if config.server.over_sampling:
+            grid = FirstReplies(grid, config.server.clients_per_round)
         with run_log(run.path / LOG):
             rounds_left = config.rounds - strategy.rounds_done
             strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)

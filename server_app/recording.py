@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
 from framp_core.data import DataFacts, load_partition
+from framp_core.defence import Verdict
 from framp_core.errors import DataError, ProtocolError
 from framp_core.fields import read_count, read_field
 from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
@@ -49,11 +50,20 @@ def train_row(update: "ClientUpdate", down: Mapping[str, int], up: Mapping[str, 
         "capacity": str(update.client.capacity),
         "loss": update.loss,
         "examples": update.examples,
+        "norm": update.norm,
         "held": update.delta.size,
         "down": dict(down),
         "up": dict(up),
         "mask_alone": mask_alone,
     }
+
+
+def verdict_row(verdict: Verdict) -> Row:
+    """What the defences did with a client's delta; nothing for one that they left alone and did not compare."""
+    row: Row = {} if verdict.shortened == 1 else {"shortened": verdict.shortened}
+    if verdict.agreement is not None:
+        row |= {"agreement": verdict.agreement, "screened": verdict.screened}
+    return row
 
 
 def refusal_rows(refused: Sequence[Refusal]) -> list[Row]:

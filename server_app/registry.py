@@ -152,6 +152,7 @@ class ClientRegistry:
         self._task = ""
         self._refused: dict[int, Refusal] = {}
         self._news: list[Refusal] = []
+        self._resized: set[str] = set()
         self.clients: dict[str, ClientRecord] = {}
 
     @property
@@ -197,6 +198,26 @@ class ClientRegistry:
         """Refused descriptions since the last call."""
         news, self._news = self._news, []
         return news
+
+    def hear(self, name: str, capacity: object) -> None:
+        """Take over the capacity that a client tells with a reply; it holds from the next message to it on.
+
+        Args:
+            name: of a known client.
+            capacity: as in :func:`framp_core.config_values.parse_capacity`; None, from a client that told nothing,
+                leaves the old one.
+
+        Raises:
+            ConfigError: it is no capacity.
+        """
+        known = self.clients[name]
+        if capacity is not None and parse_capacity(capacity) != known.capacity:
+            self._know(replace(known, capacity=parse_capacity(capacity)))
+
+    def take_resized(self) -> set[str]:
+        """Names of the clients whose capacity has changed since the last call."""
+        resized, self._resized = self._resized, set()
+        return resized
 
     def wait(self, grid: Grid) -> None:
         """Ask nodes as they connect, until every expected node has answered or the deadline has passed.
@@ -284,9 +305,16 @@ class ClientRegistry:
             else:
                 self._refused.pop(node, None)
                 self._described.add(node)
-                self.clients[record.name] = record
+                self._know(record)
                 where = about(None, record.name, reply.message_id)
                 logger.debug("%s described itself from node %d", record.name, node, extra=where)
+
+    def _know(self, record: ClientRecord) -> None:
+        before = self.clients.get(record.name, record)
+        if record.capacity != before.capacity:
+            logger.info("%s has capacity %s now, %s before", record.name, record.capacity, before.capacity)
+            self._resized.add(record.name)
+        self.clients[record.name] = record
 
     def _refuse(self, refusal: Refusal) -> None:
         """Note a refused node; ``refusal.client`` is its id."""

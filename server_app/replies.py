@@ -23,7 +23,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client whose reply is missing or was refused; ``traceback`` where the client sent one.
+    """A client whose reply is missing or was refused; ``traceback`` and ``capacity`` where the client sent one.
 
     ``message_id`` is Flower's id of the message that was to be answered; two refusals that differ in it alone are
     equal.
@@ -33,6 +33,7 @@ class Refusal:
     error: str
     traceback: str = ""
     missing: bool = False
+    capacity: object = None
     message_id: str = field(default="", compare=False)
 
     @classmethod
@@ -58,11 +59,11 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
         client = sent.get(key)
         if client is None or client in good or client in refused:
             continue
-        problem = _problem(client, message)
-        if problem is None:
+        found = problem(client, message)
+        if found is None:
             good[client] = Reply(client, message.content, key)
         else:
-            refused[client] = replace(problem, message_id=key)
+            refused[client] = replace(found, message_id=key)
     for key, client in sent.items():
         if client not in good and client not in refused:
             refused[client] = Refusal(client, NO_REPLY, missing=True, message_id=key)
@@ -74,12 +75,18 @@ def held_reference(content: RecordDict) -> object:
     return content.config_records.get("framp", ConfigRecord()).get("reference")
 
 
+def told_capacity(content: RecordDict) -> object:
+    """The capacity that a client says it has now, None if it says nothing."""
+    return content.config_records.get("framp", ConfigRecord()).get("capacity")
+
+
 def without_colours(text: str) -> str:
     """Text of a log without the terminal's colour codes."""
     return _ANSI.sub("", text)
 
 
-def _problem(client: str, message: Message) -> Refusal | None:
+def problem(client: str, message: Message) -> Refusal | None:
+    """Why a reply of this client is none, if it is an error of Flower's or of its own; None if it carries content."""
     if message.has_error():
         reason = _last_line(without_colours(message.error.reason or ""))
         return Refusal(client, f"Flower error {message.error.code}: {reason}")
@@ -87,7 +94,8 @@ def _problem(client: str, message: Message) -> Refusal | None:
     if error is None:
         return None
     kind, reason, trace = (str(error.get(key, "")) for key in ("type", "reason", "traceback"))
-    return Refusal(client, f"{kind[:_LONGEST_REASON]}: {reason[:_LONGEST_TRACEBACK]}", trace[-_LONGEST_TRACEBACK:])
+    said = f"{kind[:_LONGEST_REASON]}: {reason[:_LONGEST_TRACEBACK]}"
+    return Refusal(client, said, trace[-_LONGEST_TRACEBACK:], capacity=told_capacity(message.content))
 
 
 def _last_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """The HTML report: one file that needs nothing else, readable on a phone."""
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -177,7 +178,7 @@ def _communication(record: Record) -> str:
 
 
 def _notable(record: Record) -> str:
-    notes = [*_arrivals(record), *_absences(record), *_silent_rounds(record)]
+    notes = [*_arrivals(record), *_absences(record), *_silent_rounds(record), *_defences(record)]
     refused = record.refused
     if refused:
         notes.append(
@@ -228,6 +229,23 @@ def _silent_rounds(record: Record) -> list[str]:
     if not idle:
         return []
     return [f"{_plural(len(idle), 'round')} changed nothing, for want of enough valid replies: {spans(idle)}."]
+
+
+def _defences(record: Record) -> list[str]:
+    rows = [row for event in record.train for row in event["clients"]]
+    shortened = [row["client"] for row in rows if "shortened" in row]
+    screened = [row["client"] for row in rows if row.get("screened")]
+    done = ((shortened, "shortened"), (screened, "left out, against the cohort's direction"))
+    return [
+        f"{len(names)} of {_plural(len(rows), 'delta')} {what} (defence): {_some(_by_frequency(names))}."
+        for names, what in done
+        if names
+    ]
+
+
+def _by_frequency(names: Sequence[str]) -> list[str]:
+    """Each name once with how often it occurs, the most frequent first."""
+    return [f"{name} ({count})" for name, count in Counter(names).most_common()]
 
 
 def _environment(run: RunFolder) -> str:

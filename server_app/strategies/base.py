@@ -1,10 +1,13 @@
 """The extension point: one federated loop over personalised submodels, and the hooks that methods fill in."""
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +20,8 @@ from framp_core.checkpoints import Checkpoint
 from framp_core.codec import decode_update
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.deltas import dense
+from framp_core.defence import Defence, Verdict, norm
+from framp_core.deltas import KeptDeltas, dense
 from framp_core.errors import ConfigError, EngineError, FrampError, ProtocolError, ResumeError
 from framp_core.fingerprint import code_fingerprint
 from framp_core.layout import ParameterLayout
@@ -26,7 +30,7 @@ from framp_core.mask_statistics import mask_statistics
 from framp_core.masking import extract
 from framp_core.metrics import ClientAccuracy, PriorCounts
 from framp_core.models import build_model, initial_parameters
-from framp_core.packed_mask import PackedMask
+from framp_core.packed_mask import Masks, PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
@@ -42,9 +46,10 @@ from server_app.recording import (
     read_training,
     refusal_rows,
     train_row,
+    verdict_row,
 )
 from server_app.registry import ClientRecord, ClientRegistry
-from server_app.replies import Refusal, Reply, held_reference, read_replies
+from server_app.replies import Refusal, Reply, held_reference, read_replies, told_capacity
 from server_app.resume import origin
 from server_app.sending import Cut, Outgoing, SubmodelEncoder, drained
 
@@ -80,6 +85,11 @@ class ClientUpdate:
     def mask(self) -> np.ndarray:
         """Kept positions, bool ``(n,)``, unpacked anew each time."""
         return self.packed_mask.kept()
+
+    @cached_property
+    def norm(self) -> float:
+        """Length of the delta."""
+        return norm(self.delta)
 
     def dense_delta(self) -> np.ndarray:
         """Delta over all n positions, zero where nothing was kept."""
@@ -147,6 +157,7 @@ class SubmodelStrategy(Strategy):
         self.registry = ClientRegistry(config, self._instruction(0))
         self.layout: ParameterLayout
         self.references: MaskReferences
+        self.defence = Defence(config.defence)
         self.rounds_done = 0
         self._origin = origin(config, type(self))
         self._checkpoint: Checkpoint | None = None
@@ -182,8 +193,8 @@ class SubmodelStrategy(Strategy):
         return extract(theta, self.layout, self.config.extraction, client.capacity)
 
     def sample(self, clients: Sequence[ClientRecord], server_round: int) -> list[ClientRecord]:
-        """Choose who trains: ``server.clients-per-round`` of ``clients``, uniformly, without replacement."""
-        count = min(self.config.server.clients_per_round, len(clients))
+        """Choose who trains: ``server.clients-per-round`` of ``clients`` and what over-sampling adds, uniformly."""
+        count = min(self.config.server.clients_asked, len(clients))
         chosen = stream(self.config.seed, "client-sampling", server_round).choice(len(clients), count, replace=False)
         return [clients[index] for index in sorted(chosen)]
 
@@ -239,6 +250,7 @@ class SubmodelStrategy(Strategy):
         """Update the server's state from the valid replies; the rest is refused and recorded."""
         server_round += self.rounds_done
         sent, good, refused = self._collect(server_round, replies)
+        refused, unused = self._without_unused(refused, len(good))
         updates, rows = [], []
         for reply in good:
             try:
@@ -250,10 +262,13 @@ class SubmodelStrategy(Strategy):
                 updates.append(update)
                 item = sent[reply.client]
                 rows.append(train_row(update, item.parts, parts, item.mask_alone))
+        verdicts = self._judge(updates)
+        rows = [{**row, **verdict_row(verdict)} for row, verdict in zip(rows, verdicts, strict=True)]
+        updates = [_defended(*pair) for pair in zip(updates, verdicts, strict=True) if not pair[1].screened]
         learnt, metrics = self._learn(updates, server_round)
         if learnt and server_round in (ALIGNED_ROUND, self.config.rounds):
             self._keep_prototypes(updates, server_round)
-        self._record("train", server_round, refused, clients=rows, learnt=learnt, server=metrics)
+        self._record("train", server_round, refused, clients=rows, unused=unused, learnt=learnt, server=metrics)
         self._outbox = []
         self._stop_if_hopeless(server_round, learnt, refused)
         final = server_round == self.config.rounds
@@ -341,7 +356,7 @@ class SubmodelStrategy(Strategy):
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
         self._rebuild(checkpoint, client)
-        self._empty_rounds = saved["empty-rounds"]
+        self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
         self.run.rewind(checkpoint.round, saved["events-bytes"])
         text = "resumed after round %d; Flower counts the rounds that are left"
         logger.info(text, checkpoint.round, extra=about(checkpoint.round))
@@ -350,7 +365,13 @@ class SubmodelStrategy(Strategy):
         if server_round != self.config.rounds and server_round % self.config.output.checkpoint_every:
             return
         descriptors, clients = self.registry.state()
-        state = {"task": self.registry.task, "clients": clients, "empty-rounds": self._empty_rounds, **self._origin}
+        state = {
+            "task": self.registry.task,
+            "clients": clients,
+            "empty-rounds": self._empty_rounds,
+            "agreements": self.defence.agreements,
+            **self._origin,
+        }
         with span("server.checkpoint"):
             self.run.write_checkpoint(server_round, {**self.state(), DESCRIPTORS: descriptors}, state)
         logger.debug("round %d: checkpoint written", server_round, extra=about(server_round))
@@ -364,7 +385,8 @@ class SubmodelStrategy(Strategy):
             self._begin(grid)
             known = known or dict(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
-        joined = [client for name, client in self.registry.clients.items() if name not in known]
+        resized = self.registry.take_resized()
+        joined = [each for name, each in self.registry.clients.items() if name not in known or name in resized]
         for name, client in self.registry.clients.items():
             if client is not known.get(name):
                 self.references.confirm(name, client.reference)
@@ -391,6 +413,7 @@ class SubmodelStrategy(Strategy):
         self._encoder = SubmodelEncoder(self.layout, self.config.wire.values, references)
         self._classes, self._feature_size = client.classes, model.feature_size
         initial = initial_parameters(model, self.config.seed, self.config.model.initialisation)
+        self._largest_norm = self.config.defence.largest_norm * norm(initial.numpy()) or math.inf
         return self.build(initial, model.feature_size, client)
 
     def _start(self, clients: Sequence[ClientRecord]) -> None:
@@ -454,26 +477,62 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[dict[str, Outgoing], list[Reply], list[Refusal]]:
         names = {item.metadata.message_id: item.client.name for item in self._outbox}
-        good, refused = read_replies(names, replies)
-        sent = {item.client.name: item for item in self._outbox}
-        for reply in good:
+        answered, refused = read_replies(names, replies)
+        sent, good = {item.client.name: item for item in self._outbox}, []
+        for reply in answered:
+            try:
+                self.registry.hear(reply.client, told_capacity(reply.content))
+            except FrampError as error:
+                refused.append(Refusal.of(reply.client, error, reply.message_id))
+                continue
             self.references.confirm(reply.client, held_reference(reply.content))
             where = about(server_round, reply.client, reply.message_id)
             kind = sent[reply.client].metadata.message_type
             logger.debug("round %d: %s answered %s", server_round, reply.client, kind, extra=where)
+            good.append(reply)
         for refusal in refused:
             self.references.forget(refusal.client)
+            with suppress(FrampError):  # Its reply is refused already, and its capacity stays what it was.
+                self.registry.hear(refusal.client, refusal.capacity)
         return sent, good, refused
+
+    def _without_unused(self, refused: Sequence[Refusal], good: int) -> tuple[list[Refusal], list[str]]:
+        """Set the clients apart whose replies an over-sampled round did not wait for; that is no fault of theirs."""
+        server = self.config.server
+        if not server.over_sampling or good < server.clients_per_round:
+            return list(refused), []
+        return [each for each in refused if not each.missing], [each.client for each in refused if each.missing]
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:
         blob, loss, examples = read_training(reply.content)
+        registered = sent.client.train_examples
+        if examples > registered:
+            raise ProtocolError(
+                f"the reply reports {examples} examples; expected are 1 to {registered}, as many as the client "
+                f"registered with"
+            )
         feature_size = 0 if self.slim else self._feature_size
         update = decode_update(blob, self.layout, sent.mask.kept(), self._classes, feature_size)
         if update.prototypes is None:
             raise ProtocolError("the reply carries no prototypes; every update holds those of its client's classes")
         accepted = ClientUpdate(sent.client, sent.mask, update.delta_kept, update.prototypes, loss, examples)
+        if accepted.norm > self._largest_norm:
+            raise ProtocolError(
+                f"the delta has length {accepted.norm:.3g}, and {self._largest_norm:.3g} is the largest that is taken "
+                f"(defence.largest-norm={self.config.defence.largest_norm:g} times the initial network); lower "
+                f"local.learning-rate if honest clients send such"
+            )
+        claimed = int(update.prototypes.counts.sum())
+        if claimed > registered:
+            raise ProtocolError(f"the prototypes claim {claimed} examples; the client registered with {registered}")
         return accepted, update.parts
+
+    def _judge(self, updates: Sequence[ClientUpdate]) -> list[Verdict]:
+        packed = [update.packed_mask for update in updates]
+        deltas, masks = KeptDeltas([update.delta for update in updates], packed), Masks(packed)
+        names, norms = [update.client.name for update in updates], [update.norm for update in updates]
+        return self.defence.judge(names, deltas, masks, norms)
 
     @span("server.aggregate")
     def _learn(self, updates: Sequence[ClientUpdate], server_round: int) -> tuple[bool, dict[str, float]]:
@@ -512,6 +571,13 @@ class SubmodelStrategy(Strategy):
         self.run.event(kind, server_round, refused=rows, seconds=seconds, **fields)
         text = "round %d: %s recorded after %.2f s, %d refused"
         logger.debug(text, server_round, kind, seconds, len(rows), extra=about(server_round))
+
+
+def _defended(update: ClientUpdate, verdict: Verdict) -> ClientUpdate:
+    """The update as the server learns from it."""
+    if verdict.shortened == 1:
+        return update
+    return replace(update, delta=update.delta * np.float32(verdict.shortened))
 
 
 def _first_reason(refused: Sequence[Refusal]) -> str:

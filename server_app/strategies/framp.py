@@ -68,7 +68,7 @@ class FrampStrategy(SubmodelStrategy):
             Masks(masks),
             [update.examples for update in updates],
         )
-        self.bank.update([update.prototypes for update in updates])
+        self.bank.update(self.defence.prototypes(update.prototypes for update in updates))
         return metrics
 
     def state(self) -> dict[str, Tensor]:

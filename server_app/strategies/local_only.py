@@ -36,7 +36,13 @@ class LocalOnlyStrategy(SubmodelStrategy):
     themselves, so the bytes that the run reports are those of this harness, not of the method.
     """
 
-    required: ClassVar[Mapping[str, Scalar]] = {"local.alignment-weight": 0.0, "local.nested-share": 0.0}
+    required: ClassVar[Mapping[str, Scalar]] = {
+        "local.alignment-weight": 0.0,
+        "local.nested-share": 0.0,
+        # Nobody learns from anybody, so nobody needs protection, and deltas of unrelated models cannot be compared.
+        "defence.norm-bound": 0.0,
+        "defence.screening": "none",
+    }
 
     def build(self, initial: Tensor, feature_size: int, client: ClientRecord) -> dict[str, int]:
         """Keep the common initialisation."""

@@ -101,6 +101,8 @@ def test_paper_presets_follow_fiarse(name: str, classes: int) -> None:
             {"data.name": "own-images", "partition.alpha": 0.1},
             "nobody divides, for which partition.alpha=0.1 means nothing",
         ),
+        ({"server.minimum-replies": 12, "server.over-sampling": 0.1}, "a round asks 11 clients"),
+        ({"defence.trimmed-share": 0.5}, "less than 0.5"),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, object], words: str) -> None:

@@ -157,6 +157,19 @@ def test_every_method_resumes_bit_for_bit(method: str, clustered: Build, whole: 
     assert_equal(run(resumed(config), parts=[*nodes[3:], *nodes[:3]]), whole(config))
 
 
+def test_what_the_defences_remember_is_resumed(clustered: Build, whole: Whole) -> None:
+    config = clustered(
+        defence__screening="cosine", defence__screening_threshold=0.9, defence__norm_bound=1.0, local__steps=8
+    )
+    assert run(config, dies_after=5) is None
+    finished = run(resumed(config))
+    assert_equal(finished, whole(config))
+    assert finished is not None
+    rows = [row for event in finished.events() if event["kind"] == "train" for row in event["clients"]]
+    assert any(row["screened"] for row in rows)
+    assert finished.read_checkpoint()[1]["agreements"] == {row["client"]: row["agreement"] for row in rows}
+
+
 @pytest.mark.parametrize("dies_after", range(1, 2 * ROUNDS + 1))
 def test_whenever_a_run_dies_it_goes_on(dies_after: int, clustered: Build, whole: Whole) -> None:
     """With a checkpoint every two rounds, two before the first one among them."""

@@ -253,6 +253,12 @@ BAD_REPLIES = {
     "no examples": lambda message, reply, _: with_payload(
         message, reply.content["framp"]["payload"], {"loss": 0.0, "examples": 0}
     ),
+    "more examples than it registered with": lambda message, reply, _: with_payload(
+        message, reply.content["framp"]["payload"], {"loss": 0.0, "examples": 10**6}
+    ),
+    "another protocol version": lambda message, reply, _: with_payload(
+        message, reply.content["framp"]["payload"][:4] + b"\x01" + reply.content["framp"]["payload"][5:]
+    ),
     "NaN and another size": poisoned_update,
     "exception": crash,
 }

@@ -1,0 +1,210 @@
+"""Whole runs with clients that lie, fail, or change their size."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from benchmarks.attackers import ATTACKS, app
+from client_app.app import app as client_app
+from client_app.app import evaluate, train
+from framp.engines import InProcessGrid
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
+from framp_core.report import write_report
+from framp_core.run_folder import RunFolder
+from server_app.app import serve
+from tests.server_app.runs import final_theta
+
+Build = Callable[..., FrampConfig]
+DEFENCES: dict[str, Scalar] = {
+    "defence.norm-bound": 2.0,
+    "defence.screening": "cosine",
+    "defence.prototypes": "median",
+}
+COHORT: dict[str, Scalar] = {
+    "rounds": 3,
+    "partition.clients": 6,
+    "server.clients-per-round": 6,
+    "local.steps": 10,
+    "capacity.sizes": "1/4,1",
+    "evaluation.every": 3,
+}
+
+
+def rows(run: RunFolder, kind: str = "clients") -> list[list[dict[str, Any]]]:
+    """Rows of the training events, round by round."""
+    return [event[kind] for event in run.events() if event["kind"] == "train"]
+
+
+def run_with(config: FrampConfig, node: dict[str, Scalar], client: ClientApp = app, workers: int = 1) -> RunFolder:
+    """A run in which partition 1 has ``node`` in its configuration."""
+    nodes = config.partition.nodes
+    configs = [
+        {"partition-id": index, "num-partitions": nodes, **(node if index == 1 else {})} for index in range(nodes)
+    ]
+    with InProcessGrid(client, nodes, config.to_flat(), workers, configs) as grid:
+        return serve(grid, config)
+
+
+def test_defences_that_find_nothing_change_no_number(tiny: Build) -> None:
+    plain, run = final_theta(tiny(COHORT, "plain"))
+    loose = {"defence.norm-bound": 1e6, "defence.screening": "cosine", "defence.screening-threshold": -1.0}
+    assert np.array_equal(plain, final_theta(tiny({**COHORT, **loose}, "loose"))[0])
+    assert not np.array_equal(plain, final_theta(tiny({**COHORT, "defence.norm-bound": 0.5}, "tight"))[0])
+    assert not any({"shortened", "agreement", "screened"} & set(row) for clients in rows(run) for row in clients)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_liar_is_found_and_nobody_else(tiny: Build, attack: str) -> None:
+    run = run_with(tiny({**COHORT, **DEFENCES}), {"attack": attack})
+    trained = [row for clients in rows(run) for row in clients]
+    assert len(trained) == 18
+    screened = {row["client"] for row in trained if row["screened"]}
+    shortened = {row["client"] for row in trained if "shortened" in row}
+    directed = attack in ("sign-flip", "scaled-sign-flip", "random")
+    assert screened == ({"client-0001"} if directed else set()) or (attack == "label-flip")
+    assert shortened == ({"client-0001"} if attack in ("scaled", "scaled-sign-flip", "random") else set())
+
+
+def test_the_report_names_those_whom_the_defences_touched(tiny: Build) -> None:
+    run = run_with(tiny({**COHORT, **DEFENCES}), {"attack": "scaled-sign-flip"})
+    page = write_report(run.path).read_text()
+    assert "3 of 18 deltas shortened (defence): client-0001 (3)." in page
+    assert "3 of 18 deltas left out, against the cohort&#x27;s direction (defence): client-0001 (3)." in page
+
+
+def test_liars_are_the_same_in_worker_processes(tiny: Build) -> None:
+    values = {**COHORT, **DEFENCES, "rounds": 1}
+    alone, pooled = (
+        run_with(tiny({**values}, f"workers-{workers}"), {"attack": "random", "malformed": 0.5}, workers=workers)
+        for workers in (1, 2)
+    )
+    assert rows(alone) == rows(pooled)
+
+
+def test_each_kind_of_garbage_is_refused_with_its_reason_and_the_round_goes_on(tiny: Build) -> None:
+    """The kinds come in turn: round 1 is the second of them."""
+    run = run_with(tiny({**COHORT, "rounds": 4}), {"malformed": 1.0})
+    refused = [row for [row] in rows(run, "refused")]
+    assert {row["client"] for row in refused} == {"client-0001"}
+    reasons = ("MaskMismatchError: got", "NonFiniteError: ", "ProtocolError: the delta has length", "ProtocolError: ")
+    for row, reason in zip(refused, reasons, strict=True):
+        assert row["error"].startswith(reason)
+    assert "starts with b'\\x00\\x01\\x02\\x03'" in refused[3]["error"]
+    assert all(event["learnt"] for event in run.events() if event["kind"] == "train")
+    unbounded = run_with(tiny({**COHORT, "rounds": 3, "defence.largest-norm": 0.0}, "unbounded"), {"malformed": 1.0})
+    assert [len(refused) for refused in rows(unbounded, "refused")] == [1, 1, 0]
+
+
+def test_a_client_that_vanishes_is_counted_and_missed_by_nobody(tiny: Build) -> None:
+    run = run_with(tiny({**COHORT, "rounds": 2}), {"lost": 1.0})
+    assert [[row["client"] for row in refused] for refused in rows(run, "refused")] == [["client-0001"]] * 2
+    assert [len(clients) for clients in rows(run)] == [5, 5]
+
+
+def changing(change: Callable[[Message, Context], None]) -> ClientApp:
+    """A client app whose partition 1 changes something before it trains."""
+    wrapped = ClientApp()
+
+    @wrapped.query("describe")
+    def describes(message: Message, context: Context) -> Message:
+        return client_app(message, context)
+
+    @wrapped.train()
+    def trains(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            change(message, context)
+        return train(message, context)
+
+    @wrapped.evaluate()
+    def evaluates(message: Message, context: Context) -> Message:
+        return evaluate(message, context)
+
+    return wrapped
+
+
+def test_a_client_with_stale_code_is_refused(tiny: Build) -> None:
+    def grow_stale(message: Message, context: Context) -> None:
+        message.content["config"]["fingerprint"] = "0" * 64  # type: ignore[index]
+
+    run = run_with(tiny(COHORT), {}, changing(grow_stale))
+    assert all(row["error"].startswith("FingerprintMismatchError") for [row] in rows(run, "refused"))
+
+
+def test_a_capacity_that_shrinks_costs_a_round_and_holds_from_the_next(tiny: Build) -> None:
+    def shrink(message: Message, context: Context) -> None:
+        if message.content["config"]["round"] == 2:
+            context.node_config["capacity"] = "1/8"
+
+    run = run_with(tiny(COHORT), {}, changing(shrink))
+    assert [len(refused) for refused in rows(run, "refused")] == [0, 1, 0]
+    assert rows(run, "refused")[1][0]["error"].startswith("MaskMismatchError")
+    sizes = [[row["capacity"] for row in clients if row["client"] == "client-0001"] for clients in rows(run)]
+    assert sizes == [["1/4"], [], ["1/8"]]
+    (joined,) = (event for event in run.events() if event["kind"] == "join")
+    assert [(row["client"], row["capacity"]) for row in joined["clients"]] == [("client-0001", "1/8")]
+
+
+def test_a_reply_that_tells_no_capacity_at_all_is_refused(tiny: Build) -> None:
+    lying = ClientApp()
+
+    @lying.query("describe")
+    def describes(message: Message, context: Context) -> Message:
+        return client_app(message, context)
+
+    @lying.train()
+    def trains(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        if context.node_config["partition-id"] == 1:
+            reply.content["framp"]["capacity"] = "7"  # type: ignore[index]
+        return reply
+
+    @lying.evaluate()
+    def evaluates(message: Message, context: Context) -> Message:
+        return evaluate(message, context)
+
+    run = run_with(tiny(COHORT), {}, lying)
+    assert all("outside (0, 1]" in row["error"] for [row] in rows(run, "refused"))
+
+
+class Dripping(InProcessGrid):
+    """A grid whose training replies come one at a time, in the order of the messages."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        waiting = [key for key in self._replies if key in set(message_ids)]
+        training = waiting and self._replies[waiting[0]].metadata.message_type == "train"
+        return super().pull_messages(waiting[:1] if training else waiting)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.first_replies.POLL_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_over_sampled_round_ends_with_enough_replies(tiny: Build) -> None:
+    """Five are asked for three; partition 1 fails, so the round goes on to the fourth and leaves the fifth."""
+    values: dict[str, Scalar] = {"rounds": 2, "server.clients-per-round": 3, "server.over-sampling": 0.67}
+    config = tiny({**COHORT, **values, "partition.clients": 5})
+    nodes = [{"partition-id": index, "num-partitions": 6, "lost": float(index == 1)} for index in range(6)]
+    with Dripping(app, 6, config.to_flat(), node_configs=nodes) as grid:
+        run = serve(grid, config)
+    for event in (event for event in run.events() if event["kind"] == "train"):
+        assert [row["client"] for row in event["clients"]] == ["client-0000", "client-0002", "client-0003"]
+        assert [row["client"] for row in event["refused"]] == ["client-0001"]
+        assert event["unused"] == ["client-0004"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_over_sampled_round_ends_at_its_deadline(tiny: Build) -> None:
+    values: dict[str, Scalar] = {"server.clients-per-round": 3, "server.over-sampling": 1.0}
+    config = tiny({**COHORT, **values, "rounds": 1, "server.round-deadline": 1e-9})
+    with Dripping(client_app, config.partition.nodes, config.to_flat()) as grid:
+        run = serve(grid, config)
+    assert [len(clients) for clients in rows(run)] == [1]
+    errors = [row["error"] for row in rows(run, "refused")[0]]
+    assert errors == ["no reply before the deadline"] * 5
