@@ -69,10 +69,10 @@ class InProcessGrid(Grid):
         nodes: number of simulated nodes.
         run_config: flat configuration, as Flower's ``Context.run_config``.
         workers: processes that answer messages; 1 means this process.
+        node_configs: one per node; by default ``partition-id`` and ``num-partitions``.
         together: answers train messages, ``cohort`` of them at a time; must be importable by name like the app.
         cohort: see ``together``; messages are handed out in their order, so that this number alone, and not that of the
             workers, says who is trained beside whom.
-        node_configs: one per node; by default ``partition-id`` and ``num-partitions``.
 
     Attributes:
         worker_marks: spans of the worker processes by process id, while this process records its own.
@@ -85,9 +85,9 @@ class InProcessGrid(Grid):
         nodes: int,
         run_config: Mapping[str, Scalar],
         workers: int = 1,
+        node_configs: Sequence[Mapping[str, Scalar]] | None = None,
         together: Together | None = None,
         cohort: int = 1,
-        node_configs: Sequence[Mapping[str, Scalar]] | None = None,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = 1
         TaskIdentity.node_id = _SERVER_NODE_ID
@@ -272,7 +272,7 @@ def run_local(config: FrampConfig, profile: "Profile | None" = None) -> RunFolde
     load_partition(config, config.partition.nodes)
     config = settle_engine(config)
     workers, cohort = config.engine.workers, config.engine.cohort
-    with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers, train_together, cohort) as grid:
+    with InProcessGrid(app, config.partition.nodes, config.to_flat(), workers, None, train_together, cohort) as grid:
         run = serve(grid, config)
         if profile is not None:
             profile.add_workers(grid.worker_marks, grid.worker_cuda_bytes)
