@@ -43,7 +43,8 @@ def test_presets_load_and_differ_from_each_other(path: Path) -> None:
 
 
 def test_digits_preset_is_the_default() -> None:
-    assert FrampConfig.load(ROOT / "presets" / "digits.toml") == FrampConfig()
+    preset, default = FrampConfig.load(ROOT / "presets" / "digits.toml"), FrampConfig()
+    assert preset.model_copy(update={"engine": default.engine}) == default
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])

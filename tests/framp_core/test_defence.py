@@ -20,6 +20,7 @@ from framp_core.defence import (
     shortening,
 )
 from framp_core.deltas import KeptDeltas
+from framp_core.packed_mask import PackedMask
 from framp_core.prototypes import PrototypeBank, Prototypes
 
 CLIENTS, SIZE = 10, 4000
@@ -50,7 +51,7 @@ def test_cosines_are_over_what_both_hold(seed: int, clients: int, size: int, gro
     rng = np.random.default_rng(seed)
     masks = [rng.random(size) < 0.5 for _ in range(clients)]
     kept = [rng.normal(size=mask.sum()).astype(np.float32) * rng.integers(0, 2) for mask in masks]
-    deltas = KeptDeltas(kept, masks)
+    deltas = KeptDeltas(kept, [PackedMask.of(mask) for mask in masks])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GROUP_FLOATS", group)
         found = pairwise_cosines(deltas, masks)
