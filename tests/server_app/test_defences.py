@@ -59,14 +59,14 @@ def test_defences_that_find_nothing_change_no_number(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_liar_is_found_and_nobody_else(tiny: Build, attack: str) -> None:
+def test_who_lies_about_a_delta_is_found_and_nobody_else(tiny: Build, attack: str) -> None:
     run = run_with(tiny({**COHORT, **DEFENCES}), {"attack": attack})
     trained = [row for clients in rows(run) for row in clients]
     assert len(trained) == 18
     screened = {row["client"] for row in trained if row["screened"]}
     shortened = {row["client"] for row in trained if "shortened" in row}
-    directed = attack in ("sign-flip", "scaled-sign-flip", "random")
-    assert screened == ({"client-0001"} if directed else set()) or (attack == "label-flip")
+    # Label flippers are found over more rounds than three.
+    assert screened == ({"client-0001"} if attack in ("sign-flip", "scaled-sign-flip", "random") else set())
     assert shortened == ({"client-0001"} if attack in ("scaled", "scaled-sign-flip", "random") else set())
 
 
