@@ -188,14 +188,14 @@ class Client:
         vector = build_descriptor(self.config, self.data.shape, self.data.classes).describe(self.data)
         return encode_descriptor(vector).blob
 
-    def assignment(self, payload: bytes, server_round: int) -> "Assignment":
+    def assignment(self, payload: bytes, server_round: int) -> Assignment:
         """Read the submodel in ``payload`` and what is to be done with it."""
         model, submodel = self._read(payload)
         rng = stream(self.config.seed, "local-training", self.data.name, server_round)
         task = LocalTask(submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
         return Assignment(model, task, submodel.mask, is_slim(payload), server_round)
 
-    def update(self, given: "Assignment", result: LocalResult) -> tuple[bytes, dict[str, MetricRecordValues]]:
+    def update(self, given: Assignment, result: LocalResult) -> tuple[bytes, dict[str, MetricRecordValues]]:
         """The encoded update that a training came to, and the metrics."""
         given.model.load(result.weights)
         with span("client.encode"):

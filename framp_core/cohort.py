@@ -17,8 +17,7 @@ from framp_core.config import ModelConfig
 from framp_core.data.examples import Examples
 from framp_core.data.images import LabelledImages
 from framp_core.errors import ModelError
-from framp_core.graph_batch import Inputs
-from framp_core.local_training import LocalResult, LocalTask, Networks, Objective, train_side_by_side
+from framp_core.local_training import Batch, LocalResult, LocalTask, Losses, Networks, Objective, train_side_by_side
 from framp_core.models import FeaturesAndHead, FlatModel, FlatParameters
 
 SMALLEST = 3
@@ -83,12 +82,16 @@ class StackedNetworks(Networks):
         """Train K clients of one ``config.local``, one batch size, and all or none aligned."""
         return train_side_by_side(self, tasks)
 
-    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+    def losses(self, objectives: Sequence[Objective]) -> Losses:
         """See :meth:`Networks.losses`; the batches are images, equally many for all."""
-        images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
         states = {name: torch.stack([each.state[name] for each in objectives]) for name in objectives[0].state}
-        computed: Tensor = self._program(objectives[0], self._flat, states, images, labels)
-        return computed.clone()  # A CUDA graph's next step writes where this one did.
+
+        def of(batches: Sequence[Batch]) -> Tensor:
+            images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
+            computed: Tensor = self._program(objectives[0], self._flat, states, images, labels)
+            return computed.clone()  # A CUDA graph's next step writes where this one did.
+
+        return of
 
     def _program_of(self, compiled: bool) -> Callable[..., Tensor]:
         """Computes the losses ``(K,)`` of an objective, flat parameters, states of the objective, images and labels."""

@@ -1,7 +1,7 @@
 """What a client computes: training of its submodel, clean-pass prototypes, accuracy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -214,6 +214,12 @@ def train_locally(
     return result
 
 
+Batch = tuple[Inputs, Tensor]
+"""Network inputs and labels."""
+Losses = Callable[[Sequence[Batch]], Tensor]
+"""From a batch of each of K clients to their losses ``(K,)``."""
+
+
 class Networks(ABC):
     """Networks of one architecture that train side by side, a client each.
 
@@ -224,8 +230,8 @@ class Networks(ABC):
     rows: Sequence[FlatParameters]
 
     @abstractmethod
-    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
-        """The loss ``(K,)`` of each client's batch; the gradient of their sum is that of each."""
+    def losses(self, objectives: Sequence[Objective]) -> Losses:
+        """Computes the loss of each client's batch under its objective; the gradient of their sum is that of each."""
 
     @abstractmethod
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
@@ -236,9 +242,14 @@ class _OneNetwork(Networks):
     def __init__(self, model: FlatModel) -> None:
         self.model, self.rows = model, [model]
 
-    def losses(self, objectives: Sequence[Objective], batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
-        (objective,), ((inputs, labels),) = objectives, batches
-        return objective(objective.state, *self.model.all_exits(inputs), labels)[None]
+    def losses(self, objectives: Sequence[Objective]) -> Losses:
+        (objective,) = objectives
+
+        def of(batches: Sequence[Batch]) -> Tensor:
+            ((inputs, labels),) = batches
+            return objective(objective.state, *self.model.all_exits(inputs), labels)[None]
+
+        return of
 
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
         (task,) = tasks
@@ -256,6 +267,7 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
     starts = [_start(task, device) for task in tasks]
     weights = [_trained_weights(*each) for each in zip(rows, starts, tasks, strict=True)]
     objectives = [Objective(config.local, task.data, task.prototypes, device) for task in tasks]
+    losses_of = networks.losses(objectives)
     optimizer = _optimizer([each.latent for each in weights], config.local)
     history = []
     with networks.training(tasks):
@@ -263,7 +275,7 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
             for each in weights:
                 each.show()
                 each.model.flat_gradient.zero_()
-            losses = networks.losses(objectives, batches)
+            losses = losses_of(batches)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             for each in weights:
                 each.pull_back()
@@ -279,7 +291,7 @@ def _start(task: LocalTask, device: torch.device) -> Tensor:
     return torch.tensor(task.values if task.mask is None else task.values * task.mask, device=device)
 
 
-def _batches(task: LocalTask, device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+def _batches(task: LocalTask, device: torch.device) -> Iterator[Batch]:
     return task.data.train.training_batches(task.config, task.number_of_steps, task.rng, device)
 
 
