@@ -15,8 +15,8 @@ from framp_core.cohort import StackedNetworks
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.methods import METHODS
-from framp_core.run_folder import RunFolder
 from server_app.app import serve
+from tests.server_app.runs import measured
 from tests.small_graph import save_small_graph
 
 Build = Callable[..., FrampConfig]
@@ -26,11 +26,6 @@ SEVEN: dict[str, Scalar] = {
     "partition.scheme": "balanced-dirichlet",
     "local.steps": 4,
 }
-
-
-def measured(run: RunFolder) -> list[dict[str, object]]:
-    """All events without their times."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 @pytest.fixture

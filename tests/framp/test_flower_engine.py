@@ -17,14 +17,10 @@ from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.errors import DataError, EngineError
 from framp_core.run_folder import RunFolder
+from tests.server_app.runs import measured
 from tests.small_graph import save_small_graph
 
 pytestmark = pytest.mark.slow
-
-
-def measured(run: RunFolder) -> list[dict[str, object]]:
-    """All events without their times."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 @pytest.fixture

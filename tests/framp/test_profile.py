@@ -9,8 +9,8 @@ import pytest
 from framp.engines import run_local
 from framp.profiling import REST, TRANSPORT, Profile, divide, profile_table, run_profiled
 from framp_core.config import FrampConfig
-from framp_core.run_folder import RunFolder
 from framp_core.spans import Mark, is_recording, recording, span
+from tests.server_app.runs import measured
 
 SECOND = 1_000_000_000
 SERVER, ONE, TWO = 1, 2, 3
@@ -22,10 +22,6 @@ PARTS = {
 
 def marks(*given: tuple[float, str | None]) -> list[Mark]:
     return [(int(at * SECOND), name) for at, name in given]
-
-
-def measured(run: RunFolder) -> list[dict[str, object]]:
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 def test_inner_spans_are_not_counted_in_outer_ones() -> None:

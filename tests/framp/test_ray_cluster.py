@@ -23,14 +23,9 @@ from framp.engines import flower, ray_cluster, run_flower, run_local
 from framp.engines.ray_cluster import RayNode, cluster_nodes
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, EngineError
-from framp_core.run_folder import RunFolder
+from tests.server_app.runs import measured
 
 SECOND_NODE = "127.0.0.2"
-
-
-def measured(run: RunFolder) -> list[dict[str, object]]:
-    """All events without their times."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 @pytest.fixture(scope="module")

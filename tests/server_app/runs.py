@@ -21,3 +21,8 @@ def final_theta(config: FrampConfig) -> tuple[np.ndarray, RunFolder]:
     with InProcessGrid(client_app, config.partition.nodes, config.to_flat()) as grid:
         run = serve(grid, config, Kept)
     return strategies[0].generator_update.generator.theta_0.detach().numpy().copy(), run  # type: ignore[attr-defined]
+
+
+def measured(run: RunFolder) -> list[dict[str, object]]:
+    """All events without their times."""
+    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]

@@ -17,8 +17,7 @@ from framp_core.errors import ConfigError, DataError
 from framp_core.graph_batch import GraphBatch
 from framp_core.methods import settings_of
 from framp_core.models import build_model, initial_parameters
-from framp_core.run_folder import RunFolder
-from tests.server_app.runs import final_theta
+from tests.server_app.runs import final_theta, measured
 from tests.small_graph import CLASSES, FEATURES, save_small_graph
 
 Build = Callable[..., FrampConfig]
@@ -32,11 +31,6 @@ def graph_run(tiny: Build, tmp_path: Path) -> Build:
         return tiny(settings_of(method, {**settings, **(values or {})}), name)
 
     return build
-
-
-def measured(run: RunFolder) -> list[dict[str, object]]:
-    """All events without their times."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
 
 
 @pytest.mark.parametrize(
