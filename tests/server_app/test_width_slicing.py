@@ -234,7 +234,7 @@ def test_the_client_refuses_a_slim_network_above_its_capacity(tiny):
     mask = channel_mask(layout, window(layout, Fraction(1, 2)))
     blob = encode_slim(np.zeros(mask.sum(), np.float32), mask, layout, "float32").blob
     with pytest.raises(MaskMismatchError, match="holds 4"):
-        client.train(blob, 1)
+        client.assignment(blob, 1)
 
 
 @pytest.mark.parametrize(
