@@ -22,7 +22,8 @@ from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 from framp_core.spans import span
 
 INFERENCE_BATCH = 64
-"""Examples per batch where features are computed; test batches are those of ``evaluation.batch-size``."""
+"""Examples per batch where features are computed, if they depend on it, as under batch statistics; test batches are
+those of ``evaluation.batch-size``."""
 DISTILLATION_TEMPERATURE = 3.0
 
 
@@ -354,8 +355,9 @@ def penultimate_features(model: FlatModel, examples: Examples) -> tuple[Tensor, 
         Features ``(len(examples), f)`` and labels ``(len(examples),)``, in the order of the batches, on the model's
         device.
     """
-    lone_example = not model.model.batch_statistics
-    batches = examples.ordered_batches(INFERENCE_BATCH, model.flat.device, lone_example=lone_example)
+    dependent = model.model.batch_statistics
+    size = INFERENCE_BATCH if dependent else None
+    batches = examples.ordered_batches(size, model.flat.device, lone_example=not dependent)
     features, labels = zip(*((model(inputs)[1], labels) for inputs, labels in batches), strict=True)
     return torch.cat(features), torch.cat(labels)
 

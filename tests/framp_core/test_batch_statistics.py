@@ -164,6 +164,15 @@ def test_a_last_image_alone_joins_the_batch_before(count: int, size: int, lone: 
     assert [int(label) for _, labels in batches for label in labels] == images.selected_labels.tolist()
 
 
+@pytest.mark.parametrize(("memory", "expected"), [(10 * 4 * 64, [10, 10, 5]), (4 * 64, [8, 8, 8, 1]), (2**18, [25])])
+def test_without_a_batch_size_a_batch_fills_a_cache_or_holds_eight(
+    monkeypatch: pytest.MonkeyPatch, memory: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr("framp_core.data.images.IN_CACHE_BYTES", memory)
+    images = some_images(25)
+    assert [len(labels) for _, labels in images.ordered_batches(None, CPU)] == expected
+
+
 def test_test_batches_are_those_of_the_batch_size() -> None:
     images, model = some_images(45), network()
     offset = centred(model, images)
