@@ -27,13 +27,6 @@ TINY: dict[str, Scalar] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what pytest-xdist keeps together: the tests of a file, and all files that start Flower or Ray."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("processes" if item.path in slow else str(item.path)))
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
     """Build a configuration that runs in well under a second; keyword ``name`` names its run folder."""
