@@ -417,7 +417,9 @@ class EvaluationConfig(_Section):
         0, ge=0, description="random examples of the union, the same for all clients and rounds; 0: all"
     )
     union_by_client: bool = Field(False, description="union client after client, so that batches are skewed (FIARSE)")
-    batch_size: int = Field(64, ge=1, description="images per test batch; accuracy depends on it in batch statistics")
+    batch_size: int = Field(
+        0, ge=0, description="images per test batch; accuracy depends on it in batch statistics; 0: as many as are fast"
+    )
     augment: bool = Field(False, description="crop and flip the client's own test images, Local and Unseen (FIARSE)")
     local_prior_strength: float = Field(1.0, ge=0, description="class prior added to the logits, Local and Unseen")
     union_prior_strength: float = Field(0.0, ge=0, description="class prior added to the logits, Union")

@@ -22,8 +22,7 @@ from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 from framp_core.spans import span
 
 INFERENCE_BATCH = 64
-"""Examples per batch where features are computed, if they depend on it, as under batch statistics; test batches are
-those of ``evaluation.batch-size``."""
+"""Examples per batch outside training where results depend on it, as under batch statistics."""
 DISTILLATION_TEMPERATURE = 3.0
 
 
@@ -347,6 +346,15 @@ def _result(row: FlatParameters, delta: Tensor, losses: Tensor, task: LocalTask)
     )
 
 
+def _ordered_batches(
+    model: FlatModel, examples: Examples, batch_size: int = 0, rng: np.random.Generator | None = None
+) -> Iterator[Batch]:
+    """All examples; with batch statistics in equal batches whatever the data, and none of a single example."""
+    dependent = model.model.batch_statistics
+    size = batch_size or (INFERENCE_BATCH if dependent else 0)
+    return examples.ordered_batches(size, model.flat.device, rng, lone_example=not dependent)
+
+
 @torch.inference_mode()
 def penultimate_features(model: FlatModel, examples: Examples) -> tuple[Tensor, Tensor]:
     """Clean pass over a non-empty set of examples.
@@ -355,9 +363,7 @@ def penultimate_features(model: FlatModel, examples: Examples) -> tuple[Tensor, 
         Features ``(len(examples), f)`` and labels ``(len(examples),)``, in the order of the batches, on the model's
         device.
     """
-    dependent = model.model.batch_statistics
-    size = INFERENCE_BATCH if dependent else None
-    batches = examples.ordered_batches(size, model.flat.device, lone_example=not dependent)
+    batches = _ordered_batches(model, examples)
     features, labels = zip(*((model(inputs)[1], labels) for inputs, labels in batches), strict=True)
     return torch.cat(features), torch.cat(labels)
 
@@ -382,7 +388,7 @@ def evaluate(
     model: FlatModel,
     examples: Examples,
     offsets: Tensor,
-    batch_size: int = INFERENCE_BATCH,
+    batch_size: int = 0,
     rng: np.random.Generator | None = None,
 ) -> tuple[Accuracy, ...]:
     """Accuracy of the network as it stands, under several adjustments of its logits at the cost of one pass.
@@ -392,7 +398,7 @@ def evaluate(
         examples: what to classify; may be empty.
         offsets: added to the logits, one row for each adjustment ``(s, C)``, such as strengths times
             :func:`log_prior`.
-        batch_size: examples per batch; with batch statistics the accuracy depends on it.
+        batch_size: examples per batch, on which the accuracy depends with batch statistics; 0 leaves it open.
         rng: draws augmentation; None leaves the examples clean.
 
     Returns:
@@ -400,8 +406,7 @@ def evaluate(
     """
     offsets = offsets.to(model.flat.device)
     correct = torch.zeros(len(offsets), dtype=torch.int64, device=offsets.device)
-    lone_example = not model.model.batch_statistics
-    for inputs, labels in examples.ordered_batches(batch_size, offsets.device, rng, lone_example=lone_example):
+    for inputs, labels in _ordered_batches(model, examples, batch_size, rng):
         predicted = (model(inputs)[0] + offsets[:, None]).argmax(dim=2)
         correct += (predicted == labels).sum(dim=1)
     return tuple(Accuracy(count, len(examples)) for count in correct.tolist())

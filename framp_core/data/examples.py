@@ -50,7 +50,7 @@ class Examples(ABC):
     @abstractmethod
     def ordered_batches(
         self,
-        batch_size: int | None,
+        batch_size: int,
         device: torch.device,
         rng: np.random.Generator | None = None,
         *,
@@ -59,7 +59,7 @@ class Examples(ABC):
         """Every example once, in order; nothing for an empty selection.
 
         Args:
-            batch_size: images per batch, None for as many as are fast; graphs are read whole, whatever it is.
+            batch_size: images per batch, 0 for as many as are fast; graphs are read whole, whatever it is.
             device: where the batches go.
             rng: draws augmentation; None leaves the examples clean.
             lone_example: false lets the last example join the batch before it rather than make a batch of its own, for

@@ -113,7 +113,7 @@ class LabelledImages(Examples):
 
     def ordered_batches(
         self,
-        batch_size: int | None,
+        batch_size: int,
         device: torch.device,
         rng: np.random.Generator | None = None,
         *,

@@ -170,7 +170,7 @@ def test_without_a_batch_size_a_batch_fills_a_cache_or_holds_eight(
 ) -> None:
     monkeypatch.setattr("framp_core.data.images.IN_CACHE_BYTES", memory)
     images = some_images(25)
-    assert [len(labels) for _, labels in images.ordered_batches(None, CPU)] == expected
+    assert [len(labels) for _, labels in images.ordered_batches(0, CPU)] == expected
 
 
 def test_test_batches_are_those_of_the_batch_size() -> None:

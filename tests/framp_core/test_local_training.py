@@ -401,7 +401,7 @@ def test_several_offsets_are_as_many_evaluations_in_one_pass() -> None:
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
     offsets = torch.from_numpy(np.random.default_rng(0).normal(size=(5, CLASSES)).astype(np.float32))
-    together = evaluate(model, images, offsets)
+    together = evaluate(model, images, offsets, INFERENCE_BATCH)
     assert len(passes) == 2  # batches
     assert together == tuple(evaluate(model, images, row[None])[0] for row in offsets)
     assert len({each.correct for each in together}) > 1

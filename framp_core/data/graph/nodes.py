@@ -127,7 +127,7 @@ class LabelledNodes(Examples):
 
     def ordered_batches(
         self,
-        batch_size: int | None,
+        batch_size: int,
         device: torch.device,
         rng: np.random.Generator | None = None,
         *,
