@@ -144,7 +144,8 @@ def configuration(
     changes |= DEFENCES if defended else {}
     changes |= {"rounds": given.rounds} if given.rounds else {}
     changes |= {"data.root": str(Path(given.data_root).absolute())} if given.data_root else {}
-    return FrampConfig.load(preset, changes)
+    config = FrampConfig.load(preset, changes)
+    return FrampConfig.load(preset, {**changes, "evaluation.every": config.rounds})  # The last one is what counts.
 
 
 def one_run(config: FrampConfig, name: str, defended: bool) -> Run:
