@@ -19,6 +19,7 @@ from framp_core.run_folder import RunFolder
 from server_app.app import serve
 from tests.conftest import TINY
 from tests.deployment.federation import Device, Federation, federation, wait_until
+from tests.server_app.runs import measured
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,11 +58,6 @@ def configuration(running: Federation, name: str, rounds: int = 3, deadline: flo
     )
 
 
-def events(run: RunFolder) -> list[dict[str, Any]]:
-    """All events without their times."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in run.events()]
-
-
 def test_the_deployment_engine_gives_the_numbers_of_the_engine_in_process(
     deployed: Federation, undisturbed: RunFolder
 ) -> None:
@@ -69,7 +65,7 @@ def test_the_deployment_engine_gives_the_numbers_of_the_engine_in_process(
     node_configs = [device.node_config for device in deployed.devices]
     with InProcessGrid(client_app, len(CAPACITIES), config.to_flat(), node_configs=node_configs) as grid:
         here = serve(grid, config)
-    assert events(undisturbed) == events(here)
+    assert measured(undisturbed) == measured(here)
     assert undisturbed.json("masks.json") == here.json("masks.json")
     # What both say is what was asked for: four sizes in each of three rounds, all of them answered.
     trained = [row for row in undisturbed.events() if row["kind"] == "train"]

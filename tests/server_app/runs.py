@@ -1,13 +1,29 @@
 """Runs whose result several test files look into."""
 
+from collections.abc import Callable
+
 import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
 from client_app.app import app as client_app
+from client_app.app import describe, evaluate, train
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
 from server_app.strategies import STRATEGIES, SubmodelStrategy
+
+Handler = Callable[[Message, Context], Message]
+
+
+def app_with(trains: Handler = train, evaluates: Handler = evaluate) -> ClientApp:
+    """The client app with other handlers of train and evaluate messages."""
+    app = ClientApp()
+    app.query("describe")(describe)
+    app.train()(trains)
+    app.evaluate()(evaluates)
+    return app
 
 
 def final_theta(config: FrampConfig) -> tuple[np.ndarray, RunFolder]:

@@ -10,14 +10,14 @@ from flwr.clientapp import ClientApp
 
 from benchmarks.attackers import ATTACKS, app
 from client_app.app import app as client_app
-from client_app.app import evaluate, train
+from client_app.app import train
 from framp.engines import InProcessGrid
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.report import write_report
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
-from tests.server_app.runs import final_theta
+from tests.server_app.runs import app_with, final_theta
 
 Build = Callable[..., FrampConfig]
 DEFENCES: dict[str, Scalar] = {
@@ -108,23 +108,13 @@ def test_a_client_that_vanishes_is_counted_and_missed_by_nobody(tiny: Build) -> 
 
 def changing(change: Callable[[Message, Context], None]) -> ClientApp:
     """A client app whose partition 1 changes something before it trains."""
-    wrapped = ClientApp()
 
-    @wrapped.query("describe")
-    def describes(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @wrapped.train()
     def trains(message: Message, context: Context) -> Message:
         if context.node_config["partition-id"] == 1:
             change(message, context)
         return train(message, context)
 
-    @wrapped.evaluate()
-    def evaluates(message: Message, context: Context) -> Message:
-        return evaluate(message, context)
-
-    return wrapped
+    return app_with(trains)
 
 
 def test_a_client_with_stale_code_is_refused(tiny: Build) -> None:
@@ -150,24 +140,13 @@ def test_a_capacity_that_shrinks_costs_a_round_and_holds_from_the_next(tiny: Bui
 
 
 def test_a_reply_that_tells_no_capacity_at_all_is_refused(tiny: Build) -> None:
-    lying = ClientApp()
-
-    @lying.query("describe")
-    def describes(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @lying.train()
     def trains(message: Message, context: Context) -> Message:
         reply = train(message, context)
         if context.node_config["partition-id"] == 1:
             reply.content["framp"]["capacity"] = "7"  # type: ignore[index]
         return reply
 
-    @lying.evaluate()
-    def evaluates(message: Message, context: Context) -> Message:
-        return evaluate(message, context)
-
-    run = run_with(tiny(COHORT), {}, lying)
+    run = run_with(tiny(COHORT), {}, app_with(trains))
     assert all("outside (0, 1]" in row["error"] for [row] in rows(run, "refused"))
 
 

@@ -5,10 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 
-from client_app.app import app as client_app
-from client_app.app import evaluate, train
+from client_app.app import evaluate
 from framp.engines import InProcessGrid, run_local
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
@@ -16,6 +14,7 @@ from framp_core.methods import settings_of
 from framp_core.metrics import PriorCurve
 from framp_core.run_folder import PRIOR_CURVE, RunFolder
 from server_app.app import serve
+from tests.server_app.runs import app_with
 
 Build = Callable[..., FrampConfig]
 SKEWED: dict[str, Scalar] = {"partition.scheme": "balanced-dirichlet", "partition.alpha": 0.3}
@@ -49,17 +48,6 @@ def test_without_strengths_nothing_is_swept_and_no_number_changes(tiny: Build) -
 
 @pytest.mark.parametrize("counts", [[1], [1, 2, 3], [1, 10**6], [0.5, 0.5], None])
 def test_prior_counts_that_make_no_sense_are_refused(counts: list[float] | None, tiny: Build) -> None:
-    liar = ClientApp()
-
-    @liar.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @liar.train()
-    def trained(message: Message, context: Context) -> Message:
-        return train(message, context)
-
-    @liar.evaluate()
     def evaluated(message: Message, context: Context) -> Message:
         reply = evaluate(message, context)
         if context.node_config["partition-id"] != 1 or not message.content["config"]["final"]:
@@ -70,7 +58,7 @@ def test_prior_counts_that_make_no_sense_are_refused(counts: list[float] | None,
         return Message(RecordDict({"metrics": MetricRecord(changed)}), reply_to=message)
 
     config = tiny({"evaluation.prior-strengths": "0,1"})
-    with InProcessGrid(liar, config.partition.nodes, config.to_flat()) as grid:
+    with InProcessGrid(app_with(evaluates=evaluated), config.partition.nodes, config.to_flat()) as grid:
         run = serve(grid, config)
     last = [event for event in run.events() if event["kind"] == "evaluate"][-1]
     assert [row["client"] for row in last["refused"]] == ["client-0001"]

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from client_app.app import app as client_app
-from client_app.app import describe, evaluate, train
+from client_app.app import train
 from framp import cli
 from framp.engines import InProcessGrid
 from framp.status import RunStatus
@@ -29,6 +29,7 @@ from framp_core.run_log import about, failure, run_log
 from framp_core.run_metrics import RunMetrics, reason_of
 from server_app.app import serve
 from tests.conftest import TINY
+from tests.server_app.runs import app_with
 
 Build = Callable[..., FrampConfig]
 
@@ -52,11 +53,7 @@ class Watched(InProcessGrid):
 
 def unreliable() -> ClientApp:
     """client-0001 diverges in training, client-0002 makes the server read nonsense."""
-    app = ClientApp()
-    app.query("describe")(describe)
-    app.evaluate()(evaluate)
 
-    @app.train()
     def train_or_fail(message: Message, context: Context) -> Message:
         part = context.node_config["partition-id"]
         if part == 1:
@@ -67,7 +64,7 @@ def unreliable() -> ClientApp:
             reply.content["metrics"] = MetricRecord({"loss": 1.0, "examples": float("inf")})
         return reply
 
-    return app
+    return app_with(train_or_fail)
 
 
 @pytest.fixture(autouse=True)
@@ -294,10 +291,7 @@ def test_a_killed_run_and_a_failed_one_say_how_to_go_on(tiny: Build) -> None:
         error = ConfigRecord({"type": "DataError", "reason": "disk gone", "traceback": ""})
         return Message(RecordDict({"error": error}), reply_to=message)
 
-    app = ClientApp()
-    app.query("describe")(describe)
-    app.train()(every_train_fails)
-    app.evaluate()(evaluate)
+    app = app_with(every_train_fails)
     failing = tiny({"server.empty-rounds": 1}, "failing")
     with pytest.raises(EngineError):
         run_with(failing, app)

@@ -8,7 +8,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client_app.app import app as client_app
-from client_app.app import evaluate, train
+from client_app.app import train
 from framp.engines import InProcessGrid
 from framp_core.codec import encode_mask_part
 from framp_core.config import FrampConfig
@@ -16,6 +16,7 @@ from framp_core.config_values import Scalar
 from framp_core.mask_references import CodedMask, MaskReferences
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
+from tests.server_app.runs import app_with
 
 Build = Callable[..., FrampConfig]
 SETTINGS: dict[str, Scalar] = {
@@ -67,23 +68,13 @@ def test_no_number_depends_on_how_masks_travel(tiny: Build, monkeypatch: pytest.
 
 def forgetful(lost_round: int) -> ClientApp:
     """A client app whose partition 1 loses its state before it trains in one round."""
-    app = ClientApp()
 
-    @app.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @app.train()
     def trains(message: Message, context: Context) -> Message:
         if context.node_config["partition-id"] == 1 and message.content["config"]["round"] == lost_round:
             context.state.clear()
         return train(message, context)
 
-    @app.evaluate()
-    def evaluates(message: Message, context: Context) -> Message:
-        return evaluate(message, context)
-
-    return app
+    return app_with(trains)
 
 
 def test_a_client_that_lost_its_reference_is_refused_once_and_then_served_in_full(tiny: Build) -> None:

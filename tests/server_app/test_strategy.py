@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.app import app as client_app
-from client_app.app import evaluate, train
+from client_app.app import train
 from framp.engines import InProcessGrid, run_local
 from framp_core.codec import encode_update
 from framp_core.config import FrampConfig
@@ -27,6 +27,7 @@ from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
 from server_app.strategies import FrampStrategy
+from tests.server_app.runs import app_with
 
 Build = Callable[..., FrampConfig]
 FEDAVG: dict[str, Scalar] = {
@@ -153,69 +154,38 @@ def test_unseen_clients_never_train(tiny: Build) -> None:
 
 def test_bytes_are_those_of_the_messages(tiny: Build) -> None:
     sizes: dict[str, list[int]] = {"down": [], "up": []}
-    spy = ClientApp()
 
-    @spy.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @spy.train()
     def watched(message: Message, context: Context) -> Message:
         sizes["down"].append(len(message.content["framp"]["payload"]))
         reply = train(message, context)
         sizes["up"].append(len(reply.content["framp"]["payload"]))
         return reply
 
-    @spy.evaluate()
-    def evaluated(message: Message, context: Context) -> Message:
-        return evaluate(message, context)
-
-    rows = [row for event in events(run_with(tiny(), spy), "train") for row in event["clients"]]  # type: ignore[union-attr]
+    rows = [row for event in events(run_with(tiny(), app_with(watched)), "train") for row in event["clients"]]  # type: ignore[union-attr]
     for direction in ("down", "up"):
         assert sorted(sum(row[direction].values()) for row in rows) == sorted(sizes[direction])
 
 
 def spoiling(spoil: Callable[[Message, Message, Mapping[str, Scalar]], Message | None]) -> ClientApp:
     """A client app whose partition 1 spoils its train replies."""
-    broken = ClientApp()
 
-    @broken.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        return client_app(message, context)
-
-    @broken.train()
     def spoilt(message: Message, context: Context) -> Message:
         reply = train(message, context)
         if context.node_config["partition-id"] == 1:
             return spoil(message, reply, context.run_config)  # type: ignore[return-value]
         return reply
 
-    @broken.evaluate()
-    def evaluated(message: Message, context: Context) -> Message:
-        return evaluate(message, context)
-
-    return broken
+    return app_with(spoilt)
 
 
-mortal = ClientApp()
-"""Partition 2's process dies in round 1. At module level, so that worker processes can import it."""
-
-
-@mortal.query("describe")
-def _describe(message: Message, context: Context) -> Message:
-    return client_app(message, context)
-
-
-@mortal.train()
 def _train_or_die(message: Message, context: Context) -> Message:
     if message.content["config"]["round"] == 1 and context.node_config["partition-id"] == 2:
         os._exit(1)
     return train(message, context)
 
 
-@mortal.evaluate()
-def _evaluate(message: Message, context: Context) -> Message:
-    return evaluate(message, context)
+mortal = app_with(_train_or_die)
+"""Partition 2's process dies in round 1. At module level, so that worker processes can import it."""
 
 
 def with_payload(message: Message, payload: bytes, metrics: dict[str, float | int] | None = None) -> Message:
