@@ -1,5 +1,6 @@
 """What a client does with a message; knows Flower's records and nothing of its transport."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -83,6 +84,12 @@ class Instruction:
         )
 
 
+@lru_cache(maxsize=16)
+def _config(flat: str) -> FrampConfig:
+    """Of flat keys as JSON; messages of a run hold the same ones, but for overrides."""
+    return FrampConfig.from_flat(json.loads(flat))
+
+
 @lru_cache(maxsize=4)
 def _flat_model(
     config: ModelConfig, local: LocalConfig, shape: tuple[int, ...], classes: int, kept: tuple[int, ...] | None = None
@@ -148,7 +155,7 @@ class Client:
             ConfigError: the node's configuration lacks its partition.
         """
         local = {"data.root": node_config["data-dir"]} if "data-dir" in node_config else {}
-        config = FrampConfig.from_flat({**run_config, **overrides, **local})
+        config = _config(json.dumps({**run_config, **overrides, **local}, sort_keys=True))
         try:
             partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
         except KeyError as error:

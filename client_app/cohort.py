@@ -49,7 +49,7 @@ def _open(message: Message, context: Context) -> Work | RecordDict:
 def _program_of(given: Assignment, place: int) -> object:
     """Equal for clients that can share a program."""
     task = given.task
-    if not stackable(task.data.train, task.config.model):
+    if not stackable(task.data.train, given.model.model):
         return place
     aligned, batch = task.prototypes is not None, min(task.config.local.batch_size, len(task.data.train))
     return id(given.model), task.config.local, batch, aligned

@@ -1,8 +1,9 @@
-"""Several clients' networks as one program: their batches and weights are stacked, and each layer runs once for all.
+"""Several clients' networks as one program: their images and weights are stacked, and each layer runs once for all.
 
-A lone small network keeps neither a GPU nor a vector unit busy; a round of clients of one architecture does. Clients
-keep their own masks, prototypes, batches and random streams, so that only the order in which a layer adds up its
-products differs from training them one by one.
+A lone small network keeps neither a GPU nor a vector unit busy; a round of clients of one architecture does. K networks
+are one of K times the channels whose convolutions, norms and linear layers work in groups, one for each client; what
+else there is works channel by channel. Clients keep their own masks, prototypes, batches and random streams, so that
+only the order in which a layer adds up its products differs from training them one by one.
 """
 
 import copy
@@ -11,46 +12,67 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from framp_core.config import ModelConfig
 from framp_core.data.examples import Examples
 from framp_core.data.images import LabelledImages
 from framp_core.errors import ModelError
 from framp_core.local_training import Batch, LocalResult, LocalTask, Losses, Networks, Objective, train_side_by_side
-from framp_core.models import FeaturesAndHead, FlatModel, FlatParameters
+from framp_core.models import BatchStatistics, Block, FeaturesAndHead, FlatModel, FlatParameters
 
-SMALLEST = 3
-"""Networks that make a stack: from here on a client's numbers do not depend on how many are beside it, nor on which
-(with fewer, oneDNN chooses other kernels)."""
+SMALLEST = 2
+"""Networks that make a stack."""
+
+_IN_GROUPS = {nn.Conv2d, nn.GroupNorm, BatchStatistics, nn.Linear}
+_BY_CHANNEL = {nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity}
+_CONTAINERS = {FeaturesAndHead, nn.Sequential, nn.ModuleDict}
 
 
-def stackable(examples: Examples, model: ModelConfig) -> bool:
-    """Whether networks can be stacked: for images, without dropout, which would draw for all clients alike."""
-    return isinstance(examples, LabelledImages) and model.dropout == 0
+def stackable(examples: Examples, network: FeaturesAndHead) -> bool:
+    """Whether such networks can be stacked: for images, without dropout, which would draw for all clients alike, and if
+    all layers are known to work in groups or channel by channel; a block of layers says so by ``by_channel``.
+    """
+    if not isinstance(examples, LabelledImages) or network.dropout.p:
+        return False
+    parts = (layer for layer in network.modules() if layer is not network.dropout)
+    return all(
+        layer.by_channel if isinstance(layer, Block) else type(layer) in _IN_GROUPS | _BY_CHANNEL | _CONTAINERS
+        for layer in parts
+    )
+
+
+class _Linears(nn.Linear):
+    """K linear layers side by side: ``(batch, K * inputs)`` to ``(batch, K * outputs)``."""
+
+    def __init__(self, like: nn.Linear, count: int) -> None:
+        super().__init__(like.in_features, like.out_features, like.bias is not None, like.weight.device)
+        self.count = count
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        own = inputs.view(-1, self.count, self.in_features).transpose(0, 1)
+        weights = self.weight.view(self.count, self.out_features, self.in_features).transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(own, weights).transpose(0, 1).flatten(1)
+        bias = self.bias.view(self.count, 1, self.out_features)
+        return torch.baddbmm(bias, own, weights).transpose(0, 1).flatten(1)
 
 
 class _AllExits(nn.Module):
-    """The structure of a network, without memory for parameters of its own.
+    """The structure of K networks side by side, without memory for parameters of its own."""
 
-    ``vmap`` takes no notice of ``torch.autocast`` in convolutions, so layers cast what they read themselves.
-    """
-
-    def __init__(self, network: FeaturesAndHead) -> None:
+    def __init__(self, network: FeaturesAndHead, count: int) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).to("meta")
-        for layer in self.network.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.register_forward_pre_hook(_cast)
+        for name, layer in list(self.network.named_modules()):
+            if isinstance(layer, nn.Conv2d):
+                layer.groups *= count
+            elif isinstance(layer, nn.GroupNorm):
+                layer.num_groups *= count
+            elif isinstance(layer, nn.Linear):
+                self.network.set_submodule(name, _Linears(layer, count))
 
     def forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        exits, features = self.network.all_exits(inputs)
-        return [logits.float() for logits in exits], features.float()
-
-
-def _cast(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return inputs[0].to(layer.weight.dtype)
+        return self.network.all_exits(inputs)
 
 
 class StackedNetworks(Networks):
@@ -65,13 +87,9 @@ class StackedNetworks(Networks):
 
     def __init__(self, model: FlatModel, count: int, *, compiled: bool = False) -> None:
         self._layout, device = model.layout, model.flat.device
-        self._precision = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
-        self._exits = _AllExits(model.model)
-        self._layers = [
-            (f"{name}.{own}", isinstance(layer, nn.Conv2d | nn.Linear))
-            for name, layer in self._exits.named_modules()
-            for own, _ in layer.named_parameters(recurse=False)
-        ]
+        self._autocast = model.autocast
+        self._exits = _AllExits(model.model, count)
+        self._names = [name for name, _ in self._exits.named_parameters()]
         self._flat = nn.Parameter(torch.zeros(count, model.layout.size, device=device))
         self._program = self._program_of(compiled)
         gradient = torch.zeros_like(self._flat)
@@ -87,31 +105,35 @@ class StackedNetworks(Networks):
         states = {name: torch.stack([each.state[name] for each in objectives]) for name in objectives[0].state}
 
         def of(batches: Sequence[Batch]) -> Tensor:
-            images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
-            computed: Tensor = self._program(objectives[0], self._flat, states, images, labels)
+            images, labels = zip(*batches, strict=True)
+            inputs = torch.cat(images, dim=1).contiguous(memory_format=torch.channels_last)
+            computed: Tensor = self._program(objectives[0], self._flat, states, inputs, torch.stack(labels))
             return computed.clone()  # A CUDA graph's next step writes where this one did.
 
         return of
 
     def _program_of(self, compiled: bool) -> Callable[..., Tensor]:
-        """Computes the losses ``(K,)`` of an objective, flat parameters, states of the objective, images and labels."""
+        """Computes the losses ``(K,)`` of an objective, flat parameters, its states, inputs and labels ``(K, b)``."""
 
-        def loss(
-            objective: Objective, flat: Tensor, state: dict[str, Tensor], inputs: Tensor, target: Tensor
+        def losses(
+            objective: Objective, flat: Tensor, states: dict[str, Tensor], inputs: Tensor, labels: Tensor
         ) -> Tensor:
-            exits, features = functional_call(self._exits, self._named(flat), (inputs,))
-            return objective(state, exits, features, target)
+            with self._autocast():
+                *exits, features = self._outputs(flat, inputs)
+            return objective(states, exits, features, labels)
 
-        program: Callable[..., Tensor] = vmap(loss, in_dims=(None, 0, 0, 0, 0))
         if not compiled:
-            return program
+            return losses
         mode = "reduce-overhead" if self._flat.device.type == "cuda" else "default"
-        return torch.compile(program, mode=mode, dynamic=False)
+        return torch.compile(losses, mode=mode, dynamic=False)
+
+    def _outputs(self, flat: Tensor, inputs: Tensor) -> list[Tensor]:
+        """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``."""
+        stacked = (each.flatten(0, 1) for each in self._layout.split(flat))
+        parameters = dict(zip(self._names, stacked, strict=True))
+        exits, features = functional_call(self._exits, parameters, (inputs,), tie_weights=False)
+        return [each.float().view(len(each), len(flat), -1).transpose(0, 1) for each in (*exits, features)]
 
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
         """Nothing to do: networks with dropout are not stacked."""
         return nullcontext()
-
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        named = zip(self._layers, self._layout.split(flat), strict=True)
-        return {name: value.to(self._precision) if casts else value for (name, casts), value in named}

@@ -95,17 +95,20 @@ def log_prior(counts: np.ndarray, absent: float) -> Tensor:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over all elements, with T = 3.
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over a batch and its classes, with T = 3.
 
     As in ScaleFL's released code the mean is over examples and classes, and the teacher gets a gradient as well.
 
     Args:
-        student: logits ``(batch, C)``.
-        teacher: logits ``(batch, C)``.
+        student: logits ``(..., batch, C)``.
+        teacher: logits ``(..., batch, C)``.
+
+    Returns:
+        ``(...,)``, one for each client.
     """
-    softened = F.log_softmax(student / DISTILLATION_TEMPERATURE, dim=1)
-    target = F.log_softmax(teacher / DISTILLATION_TEMPERATURE, dim=1)
-    return DISTILLATION_TEMPERATURE**2 * (target.exp() * (target - softened)).mean()
+    softened = F.log_softmax(student / DISTILLATION_TEMPERATURE, dim=-1)
+    target = F.log_softmax(teacher / DISTILLATION_TEMPERATURE, dim=-1)
+    return DISTILLATION_TEMPERATURE**2 * (target.exp() * (target - softened)).mean(dim=(-2, -1))
 
 
 class Objective:
@@ -141,10 +144,12 @@ class Objective:
     def __call__(
         self, state: Mapping[str, Tensor], exits: Sequence[Tensor], features: Tensor, labels: Tensor
     ) -> Tensor:
-        """The loss, a scalar, of a batch; ``state`` may be another client's of the same configuration."""
+        """The loss of a batch, a scalar; or ``(K,)``, the losses of K clients of one configuration, whose states and
+        batches are then stacked in all arguments.
+        """
         losses = [self._of_exit(state, logits, exits[-1], labels) for logits in exits]
         weighted = torch.stack([depth * loss for depth, loss in enumerate(losses, start=1)])
-        loss = weighted.sum() / (len(exits) * (len(exits) + 1) / 2)
+        loss = weighted.sum(dim=0) / (len(exits) * (len(exits) + 1) / 2)
         if "means" in state:
             distance = self.config.alignment_distance
             alignment = alignment_loss(features, labels, state["means"], state["present"], distance)
@@ -152,8 +157,9 @@ class Objective:
         return loss
 
     def _of_exit(self, state: Mapping[str, Tensor], logits: Tensor, deepest: Tensor, labels: Tensor) -> Tensor:
-        masked = logits.masked_fill(state["absent"], 0.0) if "absent" in state else logits
-        loss = F.cross_entropy(masked + state["offset"], labels)
+        masked = logits.masked_fill(state["absent"][..., None, :], 0.0) if "absent" in state else logits
+        adjusted = masked + state["offset"][..., None, :]
+        loss = F.cross_entropy(adjusted.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels).mean(dim=-1)
         if logits is not deepest and self.config.distillation_weight > 0:
             loss = loss + self.config.distillation_weight * distillation_loss(logits, deepest)
         return loss
@@ -297,7 +303,7 @@ def _batches(task: LocalTask, device: torch.device) -> Iterator[Batch]:
 
 def _trained_weights(row: FlatParameters, start: Tensor, task: LocalTask) -> KeptWeights:
     mask, config, local = task.mask, task.config, task.config.local
-    kept = torch.ones_like(start) if mask is None else torch.tensor(mask, device=start.device)
+    kept = torch.ones_like(start) if mask is None else torch.tensor(mask, dtype=start.dtype, device=start.device)
     if local.threshold_gradient:
         return ThresholdedWeights(row, start, kept)
     if mask is None or local.nested_share == 0:

@@ -105,7 +105,7 @@ class NestedWeights(_LatentWeights):
         rng: np.random.Generator,
     ) -> None:
         super().__init__(model, start, kept)
-        self.smaller = [torch.from_numpy(mask).to(start.device) for mask in smaller]
+        self.smaller = [torch.from_numpy(mask).to(start) for mask in smaller]
         self.share, self.rng = share, rng
         self.current = kept
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -127,7 +127,13 @@ class Block(nn.Module, ABC):
     """Several layers that stand as one in ``features``, and that say themselves which channels they share.
 
     This class is meant to be subclassed.
+
+    Attributes:
+        by_channel: whether all that the block does besides its convolutions, norms and linear layers, it does to each
+            channel by itself; then clients' networks can be stacked (:mod:`framp_core.cohort`).
     """
+
+    by_channel: ClassVar[bool] = False
 
     @abstractmethod
     def couplings(self, name: str, inputs: str) -> dict[str, Coupling]:
@@ -179,6 +185,8 @@ def mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
 
 class BasicBlock(Block):
     """Residual block of two 3x3 convolutions (He et al. 2016), post-activation, 1x1 shortcut where shapes change."""
+
+    by_channel = True
 
     def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
         super().__init__()

@@ -109,22 +109,23 @@ class PrototypeBank:
 def alignment_loss(
     features: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor, distance: Literal["squared-l2", "cosine"]
 ) -> Tensor:
-    """Prototype alignment: ``(1 / b) sum_x d(f(x), p_y)``, a scalar.
+    """Prototype alignment: ``(1 / b) sum_x d(f(x), p_y)``, one for each client.
 
     ``squared-l2``: ``d(f, p) = (1 / f) |f - p|^2`` (FedProto's published code, which averages over feature
     dimensions). ``cosine``: ``d(f, p) = 1 - cos(f, p)``. A sample whose class has no prototype contributes 0 and
     still counts in b.
 
     Args:
-        features: penultimate features ``(b, f)``.
-        labels: int64 ``(b,)`` in [0, C).
-        prototypes: global means ``(C, f)``.
-        present: bool ``(C,)``, the classes that have a prototype.
+        features: penultimate features ``(..., b, f)``; what comes before the batch, as ``(K,)`` for K clients or
+            nothing, is the same in all arguments and in the result.
+        labels: int64 ``(..., b)`` in [0, C).
+        prototypes: global means ``(..., C, f)``.
+        present: bool ``(..., C)``, the classes that have a prototype.
         distance: d.
     """
-    targets = prototypes[labels]
+    targets = torch.take_along_dim(prototypes, labels[..., None], dim=-2)
     if distance == "cosine":
-        distances = 1 - F.cosine_similarity(features, targets, dim=1)
+        distances = 1 - F.cosine_similarity(features, targets, dim=-1)
     else:
-        distances = (features - targets).square().mean(dim=1)
-    return (distances * present[labels]).mean()
+        distances = (features - targets).square().mean(dim=-1)
+    return (distances * torch.take_along_dim(present, labels, dim=-1)).mean(dim=-1)

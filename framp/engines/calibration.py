@@ -15,7 +15,7 @@ from framp_core.config import FrampConfig
 from framp_core.data import ClientData, load_client
 from framp_core.local_training import LocalTask, resolve_device, train_locally
 from framp_core.masking import extract
-from framp_core.models import FlatModel, build_model, initial_parameters
+from framp_core.models import FeaturesAndHead, FlatModel, build_model, initial_parameters
 from framp_core.threads import torch_threads
 
 logger = logging.getLogger("flwr.framp")
@@ -54,10 +54,11 @@ def _fastest_cohort(config: FrampConfig, workers: int) -> int:
     share = -(-min(config.server.clients_per_round, config.partition.clients) // workers)
     sizes = sorted({size for size in (share, -(-share // 2)) if size >= SMALLEST})
     clients = [load_client(config, index, config.partition.nodes) for index in range(max([1, *sizes]))]
-    if not sizes or not stackable(clients[0].train, config.model):
+    network = build_model(config.model, clients[0].shape, clients[0].classes)
+    if not sizes or not stackable(clients[0].train, network):
         return 1
     with torch_threads(config.local.threads):
-        found = _measure(config, clients, sizes)
+        found = _measure(config, network, clients, sizes)
     best = min(found, key=lambda size: found[size] * (WORTHWHILE if size == 1 else 1))
     logger.info(
         "engine.cohort=0 becomes %d: per client and step %s (measured in %.1f s, for %d workers)",
@@ -73,9 +74,10 @@ def _words(size: int) -> str:
     return "one by one" if size == 1 else f"{size} together"
 
 
-def _measure(config: FrampConfig, clients: Sequence[ClientData], sizes: Sequence[int]) -> dict[int, float]:
+def _measure(
+    config: FrampConfig, network: FeaturesAndHead, clients: Sequence[ClientData], sizes: Sequence[int]
+) -> dict[int, float]:
     """Seconds per client and step by the number of clients that are trained as one program, as far as memory goes."""
-    network = build_model(config.model, clients[0].shape, clients[0].classes)
     model = FlatModel(network, resolve_device(config.local.device), config.local.precision)
     theta = initial_parameters(network, config.seed).numpy()
     masks = [extract(theta, model.layout, config.extraction, client.capacity) for client in clients]
