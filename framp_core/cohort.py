@@ -86,15 +86,12 @@ class StackedNetworks(Networks):
     """
 
     def __init__(self, model: FlatModel, count: int, *, compiled: bool = False) -> None:
-        self._layout, device = model.layout, model.flat.device
         self._autocast = model.autocast
         self._exits = _AllExits(model.model, count)
         self._names = [name for name, _ in self._exits.named_parameters()]
-        self._flat = nn.Parameter(torch.zeros(count, model.layout.size, device=device))
+        zeros = torch.zeros(count, model.layout.size, device=model.flat.device)
+        self.parameters = FlatParameters(model.layout, zeros, torch.zeros_like(zeros))
         self._program = self._program_of(compiled)
-        gradient = torch.zeros_like(self._flat)
-        self._flat.grad = gradient
-        self.rows = [FlatParameters(model.layout, *pair) for pair in zip(self._flat.data, gradient, strict=True)]
 
     def train(self, tasks: Sequence[LocalTask]) -> list[LocalResult | ModelError]:
         """Train K clients of one ``config.local``, one batch size, and all or none aligned."""
@@ -107,7 +104,7 @@ class StackedNetworks(Networks):
         def of(batches: Sequence[Batch]) -> Tensor:
             images, labels = zip(*batches, strict=True)
             inputs = torch.cat(images, dim=1).contiguous(memory_format=torch.channels_last)
-            computed: Tensor = self._program(objectives[0], self._flat, states, inputs, torch.stack(labels))
+            computed: Tensor = self._program(objectives[0], self.parameters.flat, states, inputs, torch.stack(labels))
             return computed.clone()  # A CUDA graph's next step writes where this one did.
 
         return of
@@ -124,12 +121,12 @@ class StackedNetworks(Networks):
 
         if not compiled:
             return losses
-        mode = "reduce-overhead" if self._flat.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if self.parameters.flat.device.type == "cuda" else "default"
         return torch.compile(losses, mode=mode, dynamic=False)
 
     def _outputs(self, flat: Tensor, inputs: Tensor) -> list[Tensor]:
         """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``."""
-        stacked = (each.flatten(0, 1) for each in self._layout.split(flat))
+        stacked = (each.flatten(0, 1) for each in self.parameters.layout.split(flat))
         parameters = dict(zip(self._names, stacked, strict=True))
         exits, features = functional_call(self._exits, parameters, (inputs,), tie_weights=False)
         return [each.float().view(len(each), len(flat), -1).transpose(0, 1) for each in (*exits, features)]

@@ -15,6 +15,7 @@ from framp_core.config import FrampConfig, LocalConfig
 from framp_core.data.examples import ClientData, Examples
 from framp_core.errors import ConfigError, ModelError
 from framp_core.graph_batch import Inputs
+from framp_core.layout import ParameterLayout
 from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
 from framp_core.masking import extract
 from framp_core.models import FlatModel, FlatParameters
@@ -227,13 +228,13 @@ Losses = Callable[[Sequence[Batch]], Tensor]
 
 
 class Networks(ABC):
-    """Networks of one architecture that train side by side, a client each.
+    """K networks of one architecture that train side by side, a client each.
 
     Attributes:
-        rows: the flat parameters of each.
+        parameters: of the networks, ``(K, n)``.
     """
 
-    rows: Sequence[FlatParameters]
+    parameters: FlatParameters
 
     @abstractmethod
     def losses(self, objectives: Sequence[Objective]) -> Losses:
@@ -246,7 +247,8 @@ class Networks(ABC):
 
 class _OneNetwork(Networks):
     def __init__(self, model: FlatModel) -> None:
-        self.model, self.rows = model, [model]
+        self.model = model
+        self.parameters = FlatParameters(model.layout, model.flat.data[None], model.flat_gradient[None])
 
     def losses(self, objectives: Sequence[Objective]) -> Losses:
         (objective,) = objectives
@@ -269,57 +271,67 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
     Returns:
         For each client its result, or the error of a training that diverged, which stops no other client.
     """
-    rows, config, device = networks.rows, tasks[0].config, networks.rows[0].flat.device
-    starts = [_start(task, device) for task in tasks]
-    weights = [_trained_weights(*each) for each in zip(rows, starts, tasks, strict=True)]
-    objectives = [Objective(config.local, task.data, task.prototypes, device) for task in tasks]
-    losses_of = networks.losses(objectives)
-    optimizer = _optimizer([each.latent for each in weights], config.local)
+    parameters, local, device = networks.parameters, tasks[0].config.local, networks.parameters.flat.device
+    start = torch.stack([_start(task) for task in tasks]).to(device)
+    weights = _trained_weights(parameters, start, tasks)
+    losses_of = networks.losses([Objective(local, task.data, task.prototypes, device) for task in tasks])
+    optimizer = _optimizer(weights.latent, local)
     history = []
     with networks.training(tasks):
         for batches in zip(*(_batches(task, device) for task in tasks), strict=True):
-            for each in weights:
-                each.show()
-                each.model.flat_gradient.zero_()
+            weights.show()
+            parameters.flat_gradient.zero_()
             losses = losses_of(batches)
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            for each in weights:
-                each.pull_back()
+            weights.pull_back()
             optimizer.step()
             history.append(losses.detach())
-    for each in weights:
-        each.finish()
-    outcomes = zip(rows, weights, starts, torch.stack(history, dim=1), tasks, strict=True)
-    return [_result(row, each.latent.detach() - start, own, task) for row, each, start, own, task in outcomes]
+    weights.finish()
+    outcomes = zip(
+        parameters.flat.detach(), weights.latent.detach() - start, torch.stack(history, dim=1), tasks, strict=True
+    )
+    return [_result(*each) for each in outcomes]
 
 
-def _start(task: LocalTask, device: torch.device) -> Tensor:
-    return torch.tensor(task.values if task.mask is None else task.values * task.mask, device=device)
+def _start(task: LocalTask) -> Tensor:
+    return torch.from_numpy(task.values if task.mask is None else task.values * task.mask)
+
+
+def _kept(task: LocalTask) -> Tensor:
+    return torch.from_numpy(np.ones(task.values.shape, dtype=bool) if task.mask is None else task.mask)
 
 
 def _batches(task: LocalTask, device: torch.device) -> Iterator[Batch]:
     return task.data.train.training_batches(task.config, task.number_of_steps, task.rng, device)
 
 
-def _trained_weights(row: FlatParameters, start: Tensor, task: LocalTask) -> KeptWeights:
-    mask, config, local = task.mask, task.config, task.config.local
-    kept = torch.ones_like(start) if mask is None else torch.tensor(mask, dtype=start.dtype, device=start.device)
+def _trained_weights(parameters: FlatParameters, start: Tensor, tasks: Sequence[LocalTask]) -> KeptWeights:
+    local = tasks[0].config.local
+    # In the type of the weights: PyTorch would convert a mask of bool at each product.
+    kept = torch.stack([_kept(task) for task in tasks]).to(start)
     if local.threshold_gradient:
-        return ThresholdedWeights(row, start, kept)
-    if mask is None or local.nested_share == 0:
-        return KeptWeights(row, start, kept)
-    theta, sizes = start.cpu().numpy(), [size for size in config.capacity.sizes if size < task.data.capacity]
+        return ThresholdedWeights(parameters, start, kept)
+    if local.nested_share == 0:
+        return KeptWeights(parameters, start, kept)
+    smaller = [_smaller_masks(task, parameters.layout) for task in tasks]
+    # Child streams: with or without nested steps, the batches are the same.
+    rngs = [task.rng.spawn(1)[0] for task in tasks]
+    return NestedWeights(parameters, start, kept, smaller, local.nested_share, rngs)
+
+
+def _smaller_masks(task: LocalTask, layout: ParameterLayout) -> list[np.ndarray]:
+    if task.mask is None:
+        return []
+    theta, config = task.values * task.mask, task.config
+    sizes = [size for size in config.capacity.sizes if size < task.data.capacity]
     # Rounded shares of layers, or weights that int8 made zero, could else put a smaller mask outside the own one.
-    smaller = [extract(theta, row.layout, config.extraction, size) & mask for size in sizes]
-    # A child stream: with or without nested steps, the batches are the same.
-    return NestedWeights(row, start, kept, smaller, local.nested_share, task.rng.spawn(1)[0])
+    return [extract(theta, layout, config.extraction, size) & task.mask for size in sizes]
 
 
-def _optimizer(latent: Sequence[nn.Parameter], local: LocalConfig) -> torch.optim.Optimizer:
-    rate, decay, together = local.learning_rate, local.weight_decay, len(latent) > 1
+def _optimizer(latent: nn.Parameter, local: LocalConfig) -> torch.optim.Optimizer:
     if local.optimizer == "adam":
-        return torch.optim.Adam(latent, lr=rate, weight_decay=decay, foreach=together)
-    return torch.optim.SGD(latent, lr=rate, weight_decay=decay, momentum=local.momentum, foreach=together)
+        return torch.optim.Adam([latent], lr=local.learning_rate, weight_decay=local.weight_decay)
+    return torch.optim.SGD([latent], lr=local.learning_rate, weight_decay=local.weight_decay, momentum=local.momentum)
 
 
 @contextmanager
@@ -337,11 +349,10 @@ def _training_mode(
         network.eval()
 
 
-def _result(row: FlatParameters, delta: Tensor, losses: Tensor, task: LocalTask) -> LocalResult | ModelError:
+def _result(weights: Tensor, delta: Tensor, losses: Tensor, task: LocalTask) -> LocalResult | ModelError:
     """Look once, after the last step, for what is not finite: a look at each step would make a GPU wait."""
     local = task.config.local
     if bool(losses.isfinite().all()) and bool(delta.isfinite().all()):
-        weights = row.flat.detach()
         return LocalResult(delta.cpu().numpy(), float(losses.mean()), len(task.data.train), len(losses), weights)
     bad = (~losses.isfinite()).nonzero()
     step = int(bad[0]) + 1 if len(bad) else len(losses)

@@ -1,4 +1,7 @@
-"""What the optimizer of local training moves, and what the network runs meanwhile."""
+"""What the optimizer of local training moves, and what the network runs meanwhile.
+
+Tensors ``(..., n)`` are those of one network, ``(n,)``, or of K networks that train side by side, ``(K, n)``.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +16,7 @@ class KeptWeights:
     """The kept weights are trained as they are; dropped weights stay zero and get no gradient.
 
     Attributes:
-        latent: what the optimizer moves, ``(n,)``; its gradient is the network's flat gradient.
+        latent: what the optimizer moves, ``(..., n)``; its gradient is the networks' flat gradient.
     """
 
     def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
@@ -59,7 +62,7 @@ class ThresholdedWeights(_LatentWeights):
     def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
         self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
-        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).min()
+        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).amin(dim=-1, keepdim=True)
 
     def show(self) -> None:
         """Run what is above the threshold."""
@@ -74,7 +77,7 @@ class ThresholdedWeights(_LatentWeights):
         self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
 
     def _mask(self) -> Tensor:
-        """M, bool ``(n,)``; true where the weight is not ranked."""
+        """M, bool ``(..., n)``; true where the weight is not ranked."""
         return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
 
 
@@ -87,12 +90,12 @@ class NestedWeights(_LatentWeights):
     ICLR 2019) share weights between widths in this way; here the shared sets are top-k masks.
 
     Args:
-        model: the network.
-        start: weights as received, zero where dropped, ``(n,)``.
-        kept: the client's own mask, ``(n,)``.
-        smaller: masks of the smaller sizes, bool ``(n,)`` each; none leaves plain training.
+        model: K networks.
+        start: weights as received, zero where dropped, ``(K, n)``.
+        kept: each client's own mask, ``(K, n)``.
+        smaller: of each client, masks of the smaller sizes, bool ``(n,)`` each; none leaves plain training.
         share: probability of a smaller mask, in [0, 1].
-        rng: draws the masks.
+        rngs: of each client, draws its masks.
     """
 
     def __init__(
@@ -100,27 +103,33 @@ class NestedWeights(_LatentWeights):
         model: FlatParameters,
         start: Tensor,
         kept: Tensor,
-        smaller: Sequence[np.ndarray],
+        smaller: Sequence[Sequence[np.ndarray]],
         share: float,
-        rng: np.random.Generator,
+        rngs: Sequence[np.random.Generator],
     ) -> None:
         super().__init__(model, start, kept)
-        self.smaller = [torch.from_numpy(mask).to(start) for mask in smaller]
-        self.share, self.rng = share, rng
-        self.current = kept
+        self.choices = [[own, *_on(start.device, masks)] for own, masks in zip(kept, smaller, strict=True)]
+        self.share, self.rngs = share, rngs
+        self.current = kept.clone()
 
     def show(self) -> None:
-        """Draw a mask and run what it keeps."""
-        if self.smaller and self.rng.random() < self.share:
-            self.current = self.smaller[self.rng.integers(len(self.smaller))]
-        else:
-            self.current = self.kept
+        """Draw each client's mask and run what it keeps."""
+        for row, choices, rng in zip(self.current, self.choices, self.rngs, strict=True):
+            row.copy_(choices[self._draw(len(choices), rng)])
         self.model.load(self.latent.detach() * self.current)
 
     def pull_back(self) -> None:
-        """Keep the gradient of the drawn mask."""
+        """Keep the gradient of the drawn masks."""
         self.model.flat_gradient.mul_(self.current)
 
     def finish(self) -> None:
-        """Leave the client's whole submodel in the network."""
+        """Leave the clients' whole submodels in the networks."""
         self.model.load(self.latent.detach())
+
+    def _draw(self, choices: int, rng: np.random.Generator) -> int:
+        """0 is the client's own mask."""
+        return 1 + int(rng.integers(choices - 1)) if choices > 1 and rng.random() < self.share else 0
+
+
+def _on(device: torch.device, masks: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(mask).to(device) for mask in masks]

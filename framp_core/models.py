@@ -379,11 +379,11 @@ def _layer_of(slot: ParameterSlot) -> str:
 
 
 class FlatParameters:
-    """Parameters and gradient of a network as two flat vectors.
+    """Parameters and gradient of a network as two flat vectors, or of K networks as two matrices of K such rows.
 
     Attributes:
         layout: description of ``flat``.
-        flat: parameters ``(n,)``; a leaf whose ``grad`` is the flat gradient, fit for ``torch.optim``.
+        flat: parameters ``(n,)`` or ``(K, n)``; a leaf whose ``grad`` is the flat gradient, fit for ``torch.optim``.
     """
 
     def __init__(self, layout: ParameterLayout, values: Tensor, gradient: Tensor) -> None:
@@ -393,12 +393,12 @@ class FlatParameters:
 
     @property
     def flat_gradient(self) -> Tensor:
-        """Gradient ``(n,)`` of the last ``backward``; it accumulates until zeroed."""
+        """Gradient, shaped like ``flat``, of the last ``backward``; it accumulates until zeroed."""
         assert self.flat.grad is not None
         return self.flat.grad
 
     def load(self, parameters: Tensor) -> None:
-        """Take over the values of a vector ``(n,)``."""
+        """Take over values of the shape of ``flat``."""
         with torch.no_grad():
             self.flat.copy_(parameters)
 
