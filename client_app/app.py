@@ -16,6 +16,7 @@ from client_app.held_reference import HeldReference
 from framp_core.errors import FingerprintMismatchError
 from framp_core.fingerprint import code_fingerprint, code_root
 from framp_core.local_training import LocalResult, train_locally
+from framp_core.prototypes import Prototypes
 from framp_core.spans import span
 from framp_core.threads import torch_threads
 
@@ -97,9 +98,11 @@ def train_client(instruction: Instruction, client: Client) -> RecordDict:
     return update_content(client, given, train_locally(given.model, *given.task))
 
 
-def update_content(client: Client, given: Assignment, result: LocalResult) -> RecordDict:
-    """Content of the reply to a train message."""
-    blob, metrics = client.update(given, result)
+def update_content(
+    client: Client, given: Assignment, result: LocalResult, prototypes: Prototypes | None = None
+) -> RecordDict:
+    """Content of the reply to a train message; ``prototypes`` if they are known already."""
+    blob, metrics = client.update(given, result, prototypes)
     return RecordDict({"framp": _framp(client, payload=blob), "metrics": MetricRecord(metrics)})
 
 

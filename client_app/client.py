@@ -202,13 +202,18 @@ class Client:
         task = LocalTask(submodel.theta(), submodel.mask, self.data, self.config, rng, submodel.prototypes)
         return Assignment(model, task, submodel.mask, is_slim(payload), server_round)
 
-    def update(self, given: Assignment, result: LocalResult) -> tuple[bytes, dict[str, MetricRecordValues]]:
-        """The encoded update that a training came to, and the metrics."""
-        given.model.load(result.weights)
+    def update(
+        self, given: Assignment, result: LocalResult, prototypes: Prototypes | None = None
+    ) -> tuple[bytes, dict[str, MetricRecordValues]]:
+        """The encoded update that a training came to, and the metrics; ``prototypes`` if they are known already."""
+        if given.slim:
+            prototypes = held_classes(self.data.class_counts())
+        elif prototypes is None:
+            prototypes = self._prototypes(given.model, result)
         with span("client.encode"):
             update = encode_update(
                 result.delta[given.mask],
-                held_classes(self.data.class_counts()) if given.slim else self._prototypes(given.model),
+                prototypes,
                 given.model.layout,
                 given.mask,
                 self.config.wire.values,
@@ -240,9 +245,11 @@ class Client:
         return counts
 
     @span("client.prototypes")
-    def _prototypes(self, model: FlatModel) -> Prototypes:
-        aligned = self.config.local.alignment_weight > 0
-        return client_prototypes(model, self.data) if aligned else no_prototypes(model)
+    def _prototypes(self, model: FlatModel, result: LocalResult) -> Prototypes:
+        if self.config.local.alignment_weight == 0:
+            return no_prototypes(model)
+        model.load(result.weights)
+        return client_prototypes(model, self.data)
 
     @span("client.decode")
     def _read(self, payload: bytes) -> tuple[FlatModel, Submodel]:

@@ -15,10 +15,13 @@ from framp_core.cohort import SMALLEST, StackedNetworks, stackable
 from framp_core.errors import ModelError
 from framp_core.local_training import LocalResult, train_locally
 from framp_core.models import FlatModel
+from framp_core.prototypes import Prototypes
 from framp_core.spans import span
 from framp_core.threads import torch_threads
 
 Work = tuple[Client, Assignment]
+EVEN_ENOUGH = 1.5
+"""Images that a joint pass computes, black ones to fill up included, for each that there is, up to which it pays."""
 
 
 @span("client.other")
@@ -57,26 +60,36 @@ def _program_of(given: Assignment, place: int) -> object:
 
 def _train(works: Sequence[Work]) -> list[RecordDict]:
     with torch_threads(works[0][0].config.local.threads):
-        results = content_or_error(lambda: _results(works))
-        if isinstance(results, RecordDict):
-            return [results] * len(works)
-        return [content_or_error(partial(_content, *pair), pair[0][0]) for pair in zip(works, results, strict=True)]
+        found = content_or_error(lambda: _results(works))
+        if isinstance(found, RecordDict):
+            return [found] * len(works)
+        return [content_or_error(partial(_content, *each), each[0][0]) for each in zip(works, *found, strict=True)]
 
 
-def _results(works: Sequence[Work]) -> list[LocalResult | ModelError | None]:
-    """None for those that train by themselves."""
+def _results(works: Sequence[Work]) -> tuple[Sequence[LocalResult | ModelError | None], Sequence[Prototypes | None]]:
+    """Trainings and prototypes; None for those that train, or make them, by themselves."""
+    alone = [None] * len(works)
     if len(works) < SMALLEST:
-        return [None] * len(works)
+        return alone, alone
     client, given = works[0]
     stack = _stacked(given.model, len(works), client.config.engine.compile)
-    return list(stack.train([given.task for _, given in works]))
+    results = stack.train([assignment.task for _, assignment in works])
+    if given.slim or client.config.local.alignment_weight == 0 or not _can_share_a_pass(given.model, works):
+        return results, alone
+    with span("client.prototypes"):
+        return results, stack.prototypes([client.data for client, _ in works])
 
 
-def _content(work: Work, result: LocalResult | ModelError | None) -> RecordDict:
+def _can_share_a_pass(model: FlatModel, works: Sequence[Work]) -> bool:
+    counts = [len(client.data.train) for client, _ in works]
+    return not model.model.batch_statistics and len(counts) * max(counts) <= EVEN_ENOUGH * sum(counts)
+
+
+def _content(work: Work, result: LocalResult | ModelError | None, prototypes: Prototypes | None) -> RecordDict:
     client, given = work
     if isinstance(result, ModelError):
         raise result
-    return update_content(client, given, result or train_locally(given.model, *given.task))
+    return update_content(client, given, result or train_locally(given.model, *given.task), prototypes)
 
 
 @lru_cache(maxsize=4)

@@ -7,18 +7,22 @@ only the order in which a layer adds up its products differs from training them 
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 
-from framp_core.data.examples import Examples
-from framp_core.data.images import LabelledImages
+from framp_core.data.examples import ClientData, Examples
+from framp_core.data.images import IN_CACHE_BYTES, LabelledImages
 from framp_core.errors import ModelError
 from framp_core.local_training import Batch, LocalResult, LocalTask, Losses, Networks, Objective, train_side_by_side
 from framp_core.models import BatchStatistics, Block, FeaturesAndHead, FlatModel, FlatParameters
+from framp_core.prototypes import Prototypes, local_prototypes
 
 SMALLEST = 2
 """Networks that make a stack."""
@@ -103,11 +107,32 @@ class StackedNetworks(Networks):
 
         def of(batches: Sequence[Batch]) -> Tensor:
             images, labels = zip(*batches, strict=True)
-            inputs = torch.cat(images, dim=1).contiguous(memory_format=torch.channels_last)
-            computed: Tensor = self._program(objectives[0], self.parameters.flat, states, inputs, torch.stack(labels))
+            inputs, flat = torch.cat(images, dim=1), self.parameters.flat
+            computed: Tensor = self._program(objectives[0], flat, states, inputs, torch.stack(labels))
             return computed.clone()  # A CUDA graph's next step writes where this one did.
 
         return of
+
+    @torch.inference_mode()
+    def prototypes(self, clients: Sequence[ClientData]) -> list[Prototypes]:
+        """Local prototypes under the weights of the last training, of the same clients in the same order.
+
+        As :func:`framp_core.local_training.client_prototypes`, up to the order of additions. Not for networks with
+        batch statistics: batches of fewer images than others are filled up with black ones.
+        """
+        shape, device = clients[0].shape, self.parameters.flat.device
+        size = max(8, IN_CACHE_BYTES // (4 * len(clients) * math.prod(shape)))
+        nothing = torch.empty(0, *shape, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        batches = [client.train.ordered_batches(size, device) for client in clients]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in clients]
+        for own in zip_longest(*batches, fillvalue=nothing):
+            inputs = pad_sequence([images for images, _ in own]).flatten(1, 2)  # type: ignore[misc]
+            with self._autocast():
+                *_, features = self._outputs(self.parameters.flat, inputs)
+            for kept, rows, (_, labels) in zip(found, features, own, strict=True):
+                kept.append((rows[: len(labels)], labels))
+        merged = [[torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in found]
+        return [local_prototypes(features, labels, clients[0].classes) for features, labels in merged]
 
     def _program_of(self, compiled: bool) -> Callable[..., Tensor]:
         """Computes the losses ``(K,)`` of an objective, flat parameters, its states, inputs and labels ``(K, b)``."""
@@ -125,10 +150,11 @@ class StackedNetworks(Networks):
         return torch.compile(losses, mode=mode, dynamic=False)
 
     def _outputs(self, flat: Tensor, inputs: Tensor) -> list[Tensor]:
-        """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``."""
+        """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``, of ``(b, K * channels, h, w)``."""
+        channels_last = inputs.contiguous(memory_format=torch.channels_last)
         stacked = (each.flatten(0, 1) for each in self.parameters.layout.split(flat))
         parameters = dict(zip(self._names, stacked, strict=True))
-        exits, features = functional_call(self._exits, parameters, (inputs,), tie_weights=False)
+        exits, features = functional_call(self._exits, parameters, (channels_last,), tie_weights=False)
         return [each.float().view(len(each), len(flat), -1).transpose(0, 1) for each in (*exits, features)]
 
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:

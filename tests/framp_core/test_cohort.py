@@ -1,5 +1,6 @@
 """Clients as one program: the numbers of training them one by one, but for the order of additions."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from framp_core.config_values import Scalar
 from framp_core.data import load_client
 from framp_core.errors import ModelError
 from framp_core.layout import Coupling
-from framp_core.local_training import LocalResult, LocalTask, train_locally
+from framp_core.local_training import LocalResult, LocalTask, client_prototypes, train_locally
 from framp_core.masking import extract
 from framp_core.models import Block, FeaturesAndHead, FlatModel, build_model, initial_parameters
 from framp_core.prototypes import Prototypes
@@ -202,3 +203,25 @@ def test_capacity_one_is_stacked_without_a_mask() -> None:
     for mine, masked in zip(StackedNetworks(network(config), 3).train(given), together(config, 0, 1, 2), strict=True):
         assert isinstance(mine, LocalResult)
         np.testing.assert_array_equal(mine.delta, masked.delta)
+
+
+@pytest.mark.parametrize("batch_bytes", [2**18, 1], ids=["whole", "eight at a time"])
+@pytest.mark.parametrize("name", ["the method", "residual", "ScaleFL", "linear"])
+def test_prototypes_together_are_those_one_by_one_whatever_the_number_of_images(
+    name: str, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("framp_core.cohort.IN_CACHE_BYTES", batch_bytes)
+    config, counts = config_of(CASES[name] | {"capacity.sizes": "1/4,1"}), (3, 20, 17)
+    stack, model = StackedNetworks(network(config), len(counts)), network(config)
+    results = stack.train(tasks(config, *range(len(counts))))
+    clients = [load_client(config, number, CLIENTS) for number in range(len(counts))]
+    few = [replace(each, train=each.train.first(count)) for each, count in zip(clients, counts, strict=True)]
+    for mine, client, result in zip(stack.prototypes(few), few, results, strict=True):
+        assert isinstance(result, LocalResult)
+        model.load(result.weights)
+        alone = client_prototypes(model, client)
+        np.testing.assert_array_equal(mine.classes, alone.classes)
+        np.testing.assert_array_equal(mine.counts, alone.counts)
+        assert difference(mine.means, alone.means) < TOLERANCE
+    others = stack.prototypes(few[::-1])  # Under other weights than those that the images were trained with.
+    assert difference(others[2].means, stack.prototypes(few)[0].means) > 10 * TOLERANCE
