@@ -143,9 +143,16 @@ def _segment(bits: np.ndarray) -> list[np.ndarray]:
     parameter = _parameter(bits.size, rarer)
     if rarer * (1 + parameter) >= bits.size:
         return [_number(_PLAIN, 2), bits]
-    gaps = np.diff(np.flatnonzero(~bits if holes else bits), prepend=-1) - 1
+    gaps = _gaps(np.flatnonzero(~bits if holes else bits))
     pieces = [_number(_HOLES if holes else _GAPS, 2), _number(rarer, _count_width(bits.size)), *_rice(gaps, parameter)]
     return pieces if sum(map(len, pieces)) < 2 + bits.size else [_number(_PLAIN, 2), bits]
+
+
+def _gaps(indices: np.ndarray) -> np.ndarray:
+    """``index - previous index - 1`` of ascending indices; the one before the first is -1."""
+    gaps = indices.copy()
+    gaps[1:] -= indices[:-1] + 1
+    return gaps
 
 
 def _rice(gaps: np.ndarray, parameter: int) -> list[np.ndarray]:
@@ -185,7 +192,7 @@ class _Reader:
                 f"use the same model on both sides, or have it sent again"
             )
         self.take(int(ends[-1]) + 1)
-        return np.diff(ends, prepend=-1) - 1
+        return _gaps(ends)
 
     def end(self) -> int:
         """Bytes read so far; what is left of the last one must be unset."""

@@ -48,8 +48,10 @@ class Normaliser:
         """Standardise uint8 ``(b, C, H, W)`` to float32 of the same shape, channels last, on the same device."""
         mean = torch.tensor(self.mean, device=batch.device)[:, None, None]
         std = torch.tensor(self.std, device=batch.device)[:, None, None]
-        # On a CPU core, convolutions train 1.3 times and pooling runs 4 times as fast on channels-last images.
-        return ((batch.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        standardised = (batch.float() / 255 - mean) / std
+        # On a CPU core, convolutions train 1.3 times and pooling runs 4 times as fast on channels-last images. Copied
+        # because contiguous() leaves images of one channel as they are, and layers then go by their strides.
+        return torch.empty_like(standardised, memory_format=torch.channels_last).copy_(standardised)
 
 
 PUBLISHED = Normaliser((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
