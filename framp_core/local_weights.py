@@ -66,7 +66,7 @@ class ThresholdedWeights(_LatentWeights):
 
     def show(self) -> None:
         """Run what is above the threshold."""
-        self.model.load(self.latent.detach() * self._mask())
+        self.model.load_product(self.latent, self._mask())
 
     def pull_back(self) -> None:
         """Multiply by the mask and by the mask's own derivative."""
@@ -116,7 +116,7 @@ class NestedWeights(_LatentWeights):
         """Draw each client's mask and run what it keeps."""
         for row, choices, rng in zip(self.current, self.choices, self.rngs, strict=True):
             row.copy_(choices[self._draw(len(choices), rng)])
-        self.model.load(self.latent.detach() * self.current)
+        self.model.load_product(self.latent, self.current)
 
     def pull_back(self) -> None:
         """Keep the gradient of the drawn masks."""

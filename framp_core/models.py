@@ -402,6 +402,11 @@ class FlatParameters:
         with torch.no_grad():
             self.flat.copy_(parameters)
 
+    def load_product(self, parameters: Tensor, mask: Tensor) -> None:
+        """Take over ``parameters * mask``, both of the shape of ``flat``, without memory for the product."""
+        with torch.no_grad():
+            torch.mul(parameters, mask, out=self.flat)
+
 
 class FlatModel(FlatParameters):
     """A network whose parameters and gradients are views of two flat vectors.
