@@ -155,7 +155,7 @@ class Client:
             ConfigError: the node's configuration lacks its partition.
         """
         local = {"data.root": node_config["data-dir"]} if "data-dir" in node_config else {}
-        config = _config(json.dumps({**run_config, **overrides, **local}, sort_keys=True))
+        config = _config(json.dumps({**run_config, **overrides, **local}))
         try:
             partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
         except KeyError as error:

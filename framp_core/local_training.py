@@ -149,8 +149,8 @@ class Objective:
         batches are then stacked in all arguments.
         """
         losses = [self._of_exit(state, logits, exits[-1], labels) for logits in exits]
-        weighted = torch.stack([depth * loss for depth, loss in enumerate(losses, start=1)])
-        loss = weighted.sum(dim=0) / (len(exits) * (len(exits) + 1) / 2)
+        first, *deeper = (depth * loss for depth, loss in enumerate(losses, start=1))
+        loss = sum(deeper, start=first) / (len(exits) * (len(exits) + 1) / 2)
         if "means" in state:
             distance = self.config.alignment_distance
             alignment = alignment_loss(features, labels, state["means"], state["present"], distance)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from framp_core.codec import Reference, encode_mask_part
+from framp_core.codec import Reference, encode_mask_part, expected_flips
 
 KEPT_PER_SIZE = 32
 """References that the server keeps of each size; the holder of an older one is given the newest."""
@@ -84,11 +84,12 @@ class MaskReferences:
             return CodedMask(encode_mask_part(kept, self._sizes, new=new), len(alone))
         if new.name == held.name:
             return CodedMask(encode_mask_part(kept, self._sizes, held), len(alone))
-        stay = encode_mask_part(kept, self._sizes, held)
-        move = encode_mask_part(kept, self._sizes, held, new)
-        if len(move) > len(alone):
-            move = min(move, encode_mask_part(kept, self._sizes, new=new), key=len)
-        return CodedMask(move if len(move) <= RENEWAL_WORTH * len(stay) else stay, len(alone))
+        if not _is_worth_moving(kept, held.kept(), new.kept()):
+            return CodedMask(encode_mask_part(kept, self._sizes, held), len(alone))
+        code = encode_mask_part(kept, self._sizes, held, new)
+        if len(code) > len(alone):
+            code = min(code, encode_mask_part(kept, self._sizes, new=new), key=len)
+        return CodedMask(code, len(alone))
 
     def confirm(self, client: str, name: object) -> None:
         """Note which reference a client says it holds; anything but the name of a kept one counts as none."""
@@ -109,3 +110,8 @@ class MaskReferences:
         latest = [*known.values(), reference][-KEPT_PER_SIZE:]
         self._kept[size] = {each.name: each for each in latest}
         self._newest[size] = reference
+
+
+def _is_worth_moving(kept: np.ndarray, held: np.ndarray, new: np.ndarray) -> bool:
+    """By lengths that are expected: coding each form to compare them would take most of the server's time."""
+    return expected_flips(new, held) + expected_flips(kept, new) <= RENEWAL_WORTH * expected_flips(kept, held)

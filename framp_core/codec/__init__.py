@@ -1,7 +1,7 @@
 """The only place that turns tensors into bytes and counts them (DESIGN section 8)."""
 
 from framp_core.codec.frame import PROTOCOL_VERSION, Encoded
-from framp_core.codec.masks import Reference, decode_mask, encode_mask, encode_mask_part
+from framp_core.codec.masks import Reference, decode_mask, encode_mask, encode_mask_part, expected_flips
 from framp_core.codec.messages import (
     SlimSubmodel,
     Submodel,
@@ -45,5 +45,6 @@ __all__ = [
     "encode_submodel",
     "encode_update",
     "encode_values",
+    "expected_flips",
     "is_slim",
 ]

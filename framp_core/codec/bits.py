@@ -81,12 +81,13 @@ def _expected_length(bits: np.ndarray, partition: Partition) -> float:
     """Bits of the code if those set are spread evenly within each segment."""
     total, start = 0.0, 0
     for size in partition:
-        total += _expected_segment(size, int(np.count_nonzero(bits[start : start + size])))
+        total += expected_segment(size, int(np.count_nonzero(bits[start : start + size])))
         start += size
     return total
 
 
-def _expected_segment(size: int, count: int) -> float:
+def expected_segment(size: int, count: int) -> float:
+    """Bits that a segment of which ``count`` bits are set takes, if they are spread evenly."""
     rarer = min(count, size - count)
     if rarer == 0:
         return 3.0 * (size > 0)

@@ -24,7 +24,7 @@ from functools import cached_property
 
 import numpy as np
 
-from framp_core.codec.bits import Partition, decode_bits, encode_bits
+from framp_core.codec.bits import Partition, decode_bits, encode_bits, expected_segment
 from framp_core.errors import ProtocolError, TruncatedMessageError, UnknownReferenceError
 from framp_core.packed_mask import PackedMask
 
@@ -84,6 +84,13 @@ def encode_flips(kept: np.ndarray, reference: np.ndarray, sizes: Sequence[int]) 
     flips = np.zeros(kept.size, dtype=np.bool_)
     flips[np.where(reference[places], before, held.size + places - before)] = True
     return encode_bits(flips, _by_side(reference, sizes))
+
+
+def expected_flips(kept: np.ndarray, reference: np.ndarray) -> float:
+    """Bits that :func:`encode_flips` is expected to take, by the numbers of weights that leave and enter alone."""
+    before, both = int(np.count_nonzero(reference)), int(np.count_nonzero(reference & kept))
+    enter = int(np.count_nonzero(kept)) - both
+    return expected_segment(before, before - both) + expected_segment(kept.size - before, enter)
 
 
 def decode_flips(data: bytes | memoryview, reference: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, int]:

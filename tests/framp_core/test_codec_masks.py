@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framp_core.codec import Reference, decode_mask, encode_mask, encode_mask_part
+from framp_core.codec import Reference, decode_mask, encode_mask, encode_mask_part, expected_flips
 from framp_core.codec.masks import decode_flips, decode_mask_part, encode_flips
 from framp_core.errors import ProtocolError, TruncatedMessageError, UnknownReferenceError
 
@@ -173,3 +173,13 @@ def test_a_changed_or_cut_part_is_refused_or_makes_a_mask(sizes, density, seed, 
         return
     assert decoded.shape == mask.shape
     assert reference is None or reference.size == mask.size
+
+
+@pytest.mark.parametrize("density", [1 / 64, 1 / 4, 0.9])
+@pytest.mark.parametrize("turned", [0.0, 0.01, 0.1])
+def test_the_expected_length_of_flips_is_near_their_code(density: float, turned: float) -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.random(20_000) < density
+    kept = reference ^ (rng.random(20_000) < turned)
+    bits = 8 * len(encode_flips(kept, reference, [20_000]))
+    assert abs(bits - expected_flips(kept, reference)) <= 0.02 * bits + 8
