@@ -14,14 +14,13 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from framp_core.data.examples import ClientData, Examples
 from framp_core.data.images import IN_CACHE_BYTES, LabelledImages
 from framp_core.errors import ModelError
 from framp_core.local_training import Batch, LocalResult, LocalTask, Losses, Networks, Objective, train_side_by_side
-from framp_core.models import BatchStatistics, Block, FeaturesAndHead, FlatModel, FlatParameters
+from framp_core.models import BatchStatistics, Block, FeaturesAndHead, FlatModel
 from framp_core.prototypes import Prototypes, local_prototypes
 
 SMALLEST = 2
@@ -49,38 +48,59 @@ class _Linears(nn.Linear):
     """K linear layers side by side: ``(batch, K * inputs)`` to ``(batch, K * outputs)``."""
 
     def __init__(self, like: nn.Linear, count: int) -> None:
-        super().__init__(like.in_features, like.out_features, like.bias is not None, like.weight.device)
+        super().__init__(like.in_features, count * like.out_features, like.bias is not None)
         self.count = count
 
     def forward(self, inputs: Tensor) -> Tensor:
         own = inputs.view(-1, self.count, self.in_features).transpose(0, 1)
-        weights = self.weight.view(self.count, self.out_features, self.in_features).transpose(1, 2)
+        weights = self.weight.view(self.count, -1, self.in_features).transpose(1, 2)
         if self.bias is None:
             return torch.bmm(own, weights).transpose(0, 1).flatten(1)
-        bias = self.bias.view(self.count, 1, self.out_features)
-        return torch.baddbmm(bias, own, weights).transpose(0, 1).flatten(1)
+        return torch.baddbmm(self.bias.view(self.count, 1, -1), own, weights).transpose(0, 1).flatten(1)
 
 
-class _AllExits(nn.Module):
-    """The structure of K networks side by side, without memory for parameters of its own."""
+def _side_by_side(network: FeaturesAndHead, count: int) -> FeaturesAndHead:
+    """K networks as one, whose parameters are undefined."""
+    wide = copy.deepcopy(network)
+    for name, layer in list(wide.named_modules()):
+        if isinstance(layer, nn.Linear):
+            wide.set_submodule(name, _Linears(layer, count))
+            continue
+        if isinstance(layer, nn.Conv2d):
+            layer.groups, layer.in_channels, layer.out_channels = (
+                count * each for each in (layer.groups, layer.in_channels, layer.out_channels)
+            )
+        elif isinstance(layer, nn.GroupNorm):
+            layer.num_groups, layer.num_channels = count * layer.num_groups, count * layer.num_channels
+        elif isinstance(layer, BatchStatistics):
+            layer.num_features *= count
+        for own, parameter in layer.named_parameters(recurse=False):
+            setattr(layer, own, nn.Parameter(parameter.detach().repeat(count, *[1] * (parameter.dim() - 1))))
+    return wide
 
-    def __init__(self, network: FeaturesAndHead, count: int) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).to("meta")
-        for name, layer in list(self.network.named_modules()):
-            if isinstance(layer, nn.Conv2d):
-                layer.groups *= count
-            elif isinstance(layer, nn.GroupNorm):
-                layer.num_groups *= count
-            elif isinstance(layer, nn.Linear):
-                self.network.set_submodule(name, _Linears(layer, count))
 
-    def forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        return self.network.all_exits(inputs)
+class _StackedModel(FlatModel):
+    """K networks side by side; their parameters lie tensor by tensor, in each client after client."""
+
+    def __init__(self, model: FlatModel, count: int) -> None:
+        super().__init__(_side_by_side(model.model, count), model.flat.device, model.precision)
+        self.count, self._sizes = count, model.layout.sizes
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        return torch.cat([part.flatten() for part in torch.split(rows, self._sizes, dim=1)])
+
+    def rows(self, arranged: Tensor) -> Tensor:
+        parts = torch.split(arranged, [self.count * size for size in self._sizes])
+        return torch.cat([part.view(self.count, -1) for part in parts], dim=1)
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``, of ``(b, K * channels, h, w)``."""
+        exits, features = self.all_exits(inputs.contiguous(memory_format=torch.channels_last))
+        return [each.view(len(inputs), self.count, -1).transpose(0, 1) for each in (*exits, features)]
 
 
 class StackedNetworks(Networks):
-    """K networks of one architecture whose parameters are the rows of one matrix.
+    """K networks of one architecture as one.
 
     Args:
         model: the architecture, and in which precision its layers run; its own parameters are left alone.
@@ -90,11 +110,8 @@ class StackedNetworks(Networks):
     """
 
     def __init__(self, model: FlatModel, count: int, *, compiled: bool = False) -> None:
-        self._autocast = model.autocast
-        self._exits = _AllExits(model.model, count)
-        self._names = [name for name, _ in self._exits.named_parameters()]
-        zeros = torch.zeros(count, model.layout.size, device=model.flat.device)
-        self.parameters = FlatParameters(model.layout, zeros, torch.zeros_like(zeros))
+        self.layout = model.layout
+        self.parameters = self._model = _StackedModel(model, count)
         self._program = self._program_of(compiled)
 
     def train(self, tasks: Sequence[LocalTask]) -> list[LocalResult | ModelError]:
@@ -107,8 +124,7 @@ class StackedNetworks(Networks):
 
         def of(batches: Sequence[Batch]) -> Tensor:
             images, labels = zip(*batches, strict=True)
-            inputs, flat = torch.cat(images, dim=1), self.parameters.flat
-            computed: Tensor = self._program(objectives[0], flat, states, inputs, torch.stack(labels))
+            computed: Tensor = self._program(objectives[0], states, torch.cat(images, dim=1), torch.stack(labels))
             return computed.clone()  # A CUDA graph's next step writes where this one did.
 
         return of
@@ -120,42 +136,30 @@ class StackedNetworks(Networks):
         As :func:`framp_core.local_training.client_prototypes`, up to the order of additions. Not for networks with
         batch statistics: batches of fewer images than others are filled up with black ones.
         """
-        shape, device = clients[0].shape, self.parameters.flat.device
+        shape, device = clients[0].shape, self._model.flat.device
         size = max(8, IN_CACHE_BYTES // (4 * len(clients) * math.prod(shape)))
         nothing = torch.empty(0, *shape, device=device), torch.empty(0, dtype=torch.int64, device=device)
         batches = [client.train.ordered_batches(size, device) for client in clients]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in clients]
         for own in zip_longest(*batches, fillvalue=nothing):
             inputs = pad_sequence([images for images, _ in own]).flatten(1, 2)  # type: ignore[misc]
-            with self._autocast():
-                *_, features = self._outputs(self.parameters.flat, inputs)
+            *_, features = self._model.outputs(inputs)
             for kept, rows, (_, labels) in zip(found, features, own, strict=True):
                 kept.append((rows[: len(labels)], labels))
         merged = [[torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in found]
         return [local_prototypes(features, labels, clients[0].classes) for features, labels in merged]
 
     def _program_of(self, compiled: bool) -> Callable[..., Tensor]:
-        """Computes the losses ``(K,)`` of an objective, flat parameters, its states, inputs and labels ``(K, b)``."""
+        """Computes the losses ``(K,)`` of an objective, its states, inputs and labels ``(K, b)``."""
 
-        def losses(
-            objective: Objective, flat: Tensor, states: dict[str, Tensor], inputs: Tensor, labels: Tensor
-        ) -> Tensor:
-            with self._autocast():
-                *exits, features = self._outputs(flat, inputs)
+        def losses(objective: Objective, states: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+            *exits, features = self._model.outputs(inputs)
             return objective(states, exits, features, labels)
 
         if not compiled:
             return losses
-        mode = "reduce-overhead" if self.parameters.flat.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if self._model.flat.device.type == "cuda" else "default"
         return torch.compile(losses, mode=mode, dynamic=False)
-
-    def _outputs(self, flat: Tensor, inputs: Tensor) -> list[Tensor]:
-        """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``, of ``(b, K * channels, h, w)``."""
-        channels_last = inputs.contiguous(memory_format=torch.channels_last)
-        stacked = (each.flatten(0, 1) for each in self.parameters.layout.split(flat))
-        parameters = dict(zip(self._names, stacked, strict=True))
-        exits, features = functional_call(self._exits, parameters, (channels_last,), tie_weights=False)
-        return [each.float().view(len(each), len(flat), -1).transpose(0, 1) for each in (*exits, features)]
 
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:
         """Nothing to do: networks with dropout are not stacked."""

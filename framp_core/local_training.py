@@ -231,10 +231,12 @@ class Networks(ABC):
     """K networks of one architecture that train side by side, a client each.
 
     Attributes:
-        parameters: of the networks, ``(K, n)``.
+        parameters: of all networks.
+        layout: of one.
     """
 
     parameters: FlatParameters
+    layout: ParameterLayout
 
     @abstractmethod
     def losses(self, objectives: Sequence[Objective]) -> Losses:
@@ -247,8 +249,8 @@ class Networks(ABC):
 
 class _OneNetwork(Networks):
     def __init__(self, model: FlatModel) -> None:
-        self.model = model
-        self.parameters = FlatParameters(model.layout, model.flat.data[None], model.flat_gradient[None])
+        self.model = self.parameters = model
+        self.layout = model.layout
 
     def losses(self, objectives: Sequence[Objective]) -> Losses:
         (objective,) = objectives
@@ -273,7 +275,7 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
     """
     parameters, local, device = networks.parameters, tasks[0].config.local, networks.parameters.flat.device
     start = torch.stack([_start(task) for task in tasks]).to(device)
-    weights = _trained_weights(parameters, start, tasks)
+    weights = _trained_weights(networks, start, tasks)
     losses_of = networks.losses([Objective(local, task.data, task.prototypes, device) for task in tasks])
     optimizer = _optimizer(weights.latent, local)
     history = []
@@ -287,9 +289,8 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
             optimizer.step()
             history.append(losses.detach())
     weights.finish()
-    outcomes = zip(
-        parameters.flat.detach(), weights.latent.detach() - start, torch.stack(history, dim=1), tasks, strict=True
-    )
+    trained, deltas = map(parameters.rows, (parameters.flat.detach(), weights.latent.detach() - weights.start))
+    outcomes = zip(trained, deltas, torch.stack(history, dim=1), tasks, strict=True)
     return [_result(*each) for each in outcomes]
 
 
@@ -305,15 +306,15 @@ def _batches(task: LocalTask, device: torch.device) -> Iterator[Batch]:
     return task.data.train.training_batches(task.config, task.number_of_steps, task.rng, device)
 
 
-def _trained_weights(parameters: FlatParameters, start: Tensor, tasks: Sequence[LocalTask]) -> KeptWeights:
-    local = tasks[0].config.local
+def _trained_weights(networks: Networks, start: Tensor, tasks: Sequence[LocalTask]) -> KeptWeights:
+    parameters, local = networks.parameters, tasks[0].config.local
     # In the type of the weights: PyTorch would convert a mask of bool at each product.
     kept = torch.stack([_kept(task) for task in tasks]).to(start)
     if local.threshold_gradient:
         return ThresholdedWeights(parameters, start, kept)
     if local.nested_share == 0:
         return KeptWeights(parameters, start, kept)
-    smaller = [_smaller_masks(task, parameters.layout) for task in tasks]
+    smaller = [_smaller_masks(task, networks.layout) for task in tasks]
     # Child streams: with or without nested steps, the batches are the same.
     rngs = [task.rng.spawn(1)[0] for task in tasks]
     return NestedWeights(parameters, start, kept, smaller, local.nested_share, rngs)

@@ -1,6 +1,7 @@
 """What the optimizer of local training moves, and what the network runs meanwhile.
 
-Tensors ``(..., n)`` are those of one network, ``(n,)``, or of K networks that train side by side, ``(K, n)``.
+What is given for K networks that train side by side is ``(K, n)``; what is kept is in the order in which these lie
+(:meth:`framp_core.models.FlatParameters.arranged`).
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ class KeptWeights:
     """The kept weights are trained as they are; dropped weights stay zero and get no gradient.
 
     Attributes:
-        latent: what the optimizer moves, ``(..., n)``; its gradient is the networks' flat gradient.
+        start: weights as received, zero where dropped.
+        latent: what the optimizer moves; its gradient is the networks' flat gradient.
     """
 
     def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
-        model.load(start)
-        self.model, self.kept = model, kept
+        self.start, self.kept = model.arranged(start), model.arranged(kept)
+        model.load(self.start)
+        self.model = model
         self.latent = model.flat
 
     def show(self) -> None:
@@ -41,7 +44,7 @@ class _LatentWeights(KeptWeights):
 
     def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
-        self.latent = nn.Parameter(start.clone())
+        self.latent = nn.Parameter(self.start.clone())
         self.latent.grad = model.flat_gradient
 
 
@@ -61,8 +64,9 @@ class ThresholdedWeights(_LatentWeights):
 
     def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
-        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & kept.bool()
-        self.threshold = torch.where(self.ranked, start.abs(), torch.inf).amin(dim=-1, keepdim=True)
+        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & self.kept.bool()
+        sizes = model.rows(torch.where(self.ranked, self.start.abs(), torch.inf))
+        self.threshold = model.arranged(sizes.amin(dim=1, keepdim=True).expand_as(sizes))
 
     def show(self) -> None:
         """Run what is above the threshold."""
@@ -77,7 +81,7 @@ class ThresholdedWeights(_LatentWeights):
         self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
 
     def _mask(self) -> Tensor:
-        """M, bool ``(..., n)``; true where the weight is not ranked."""
+        """M, bool; true where the weight is not ranked."""
         return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
 
 
@@ -110,12 +114,14 @@ class NestedWeights(_LatentWeights):
         super().__init__(model, start, kept)
         self.choices = [[own, *_on(start.device, masks)] for own, masks in zip(kept, smaller, strict=True)]
         self.share, self.rngs = share, rngs
-        self.current = kept.clone()
+        self.drawn = kept.clone()
+        self.current = self.kept
 
     def show(self) -> None:
         """Draw each client's mask and run what it keeps."""
-        for row, choices, rng in zip(self.current, self.choices, self.rngs, strict=True):
+        for row, choices, rng in zip(self.drawn, self.choices, self.rngs, strict=True):
             row.copy_(choices[self._draw(len(choices), rng)])
+        self.current = self.model.arranged(self.drawn)
         self.model.load_product(self.latent, self.current)
 
     def pull_back(self) -> None:

@@ -379,11 +379,12 @@ def _layer_of(slot: ParameterSlot) -> str:
 
 
 class FlatParameters:
-    """Parameters and gradient of a network as two flat vectors, or of K networks as two matrices of K such rows.
+    """Parameters and gradient of one network as two flat vectors; or of K networks, in an order of its own.
 
     Attributes:
         layout: description of ``flat``.
-        flat: parameters ``(n,)`` or ``(K, n)``; a leaf whose ``grad`` is the flat gradient, fit for ``torch.optim``.
+        flat: parameters ``(n,)``, of K networks ``(K * n,)``; a leaf whose ``grad`` is the flat gradient, fit for
+            ``torch.optim``.
     """
 
     def __init__(self, layout: ParameterLayout, values: Tensor, gradient: Tensor) -> None:
@@ -396,6 +397,14 @@ class FlatParameters:
         """Gradient, shaped like ``flat``, of the last ``backward``; it accumulates until zeroed."""
         assert self.flat.grad is not None
         return self.flat.grad
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """Vectors of the K networks, ``(K, n)``, in the order of ``flat``; here K is 1."""
+        return rows.flatten()
+
+    def rows(self, arranged: Tensor) -> Tensor:
+        """Inverse of :meth:`arranged`."""
+        return arranged.view(1, -1)
 
     def load(self, parameters: Tensor) -> None:
         """Take over values of the shape of ``flat``."""
