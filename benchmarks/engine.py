@@ -3,12 +3,12 @@
     python benchmarks/engine.py --preset digits [--repetitions 5] [--out runs/engine-digits.json]
     python benchmarks/engine.py --preset cifar10-small --data DIR     (DIR holds train/CLASS/*.png, test/CLASS/*.png)
 
-Work: the preset's partition, network, clients per round, local steps and batch size. Each engine runs once, one after
-the other; a repetition is a block of ``--rounds`` rounds of that run, of which the median counts, after a first round
-that starts workers and loads data. A round is one of training, without evaluation. Ratios are taken block by block. The
-in-process engine and Ray run the strategy FRAMP whole (masks, codec, alignment, prototypes, nested sizes). The first
-trains as many clients as one program as the preset says (``engine.cohort``), and where these are several, also one by
-one.
+Work: the preset's partition, network, clients per round, local steps and batch size. The engines take turns: in each
+repetition every one of them does a run of its own, so that a machine whose speed changes is as slow for one as for the
+other. Of a run's ``--rounds`` rounds the median counts, after a first round that starts workers and loads data;
+ratios are taken within a repetition. A round is one of training, without evaluation. The in-process engine and Ray run
+the strategy FRAMP whole (masks, codec, alignment, prototypes, nested sizes). The first trains as many clients as one
+program as the preset says (``engine.cohort``), and where these are several, also one by one.
 
 The plain loop is written from the description of the released reference codes of the field, not taken from them: one
 process, one client after another; per client a deep copy of the global model, a mask by one threshold over the weights
@@ -52,7 +52,7 @@ from framp_core.models import build_model
 from framp_core.run_folder import RunFolder
 
 PRESETS = Path(__file__).parents[1] / "presets"
-ROUNDS = {"digits": 10, "cifar10-small": 2}
+ROUNDS = {"digits": 20, "cifar10-small": 2}
 REFERENCE = "in process, a worker per core"
 
 
@@ -63,10 +63,10 @@ class Timed:
     rounds: list[float]
     whole: float = 0.0
 
-    def rates(self, block: int) -> list[float]:
-        """Rounds per second of each block after the first round."""
-        timed = self.rounds[1:]
-        return [1 / statistics.median(timed[first : first + block]) for first in range(0, len(timed), block)]
+    @property
+    def rate(self) -> float:
+        """Rounds per second after the first round."""
+        return 1 / statistics.median(self.rounds[1:])
 
 
 def of_run(run: Callable[[FrampConfig], RunFolder], config: FrampConfig) -> Timed:
@@ -211,20 +211,17 @@ def measure(preset: str, rounds: int, data: Path | None) -> dict[str, Timed]:
     return found
 
 
-def summarise(found: dict[str, Timed], block: int) -> list[dict[str, Any]]:
-    """One row per engine: rates, and how many times as fast the reference is, block by block."""
-    best = found[REFERENCE].rates(block)
+def summarise(repetitions: Sequence[dict[str, Timed]]) -> list[dict[str, Any]]:
+    """One row per engine: rates, and how many times as fast the reference is in the same repetition."""
     return [
         {
             "engine": name,
-            "rounds_per_second": Spread.of(timed.rates(block)),
-            "reference_is_times_as_fast": Spread.of(
-                one / other for one, other in zip(best, timed.rates(block), strict=True)
-            ),
-            "round_seconds": timed.rounds,
-            "whole_run_seconds": timed.whole or None,
+            "rounds_per_second": Spread.of(found[name].rate for found in repetitions),
+            "reference_is_times_as_fast": Spread.of(found[REFERENCE].rate / found[name].rate for found in repetitions),
+            "round_seconds": [found[name].rounds for found in repetitions],
+            "whole_run_seconds": statistics.median(found[name].whole for found in repetitions) or None,
         }
-        for name, timed in found.items()
+        for name in repetitions[0]
     ]
 
 
@@ -240,7 +237,7 @@ def main() -> None:
     rounds = given.rounds or ROUNDS[given.preset]
     # So that engines stop what they started.
     signal.signal(signal.SIGTERM, lambda received, _: sys.exit(128 + received))
-    rows = summarise(measure(given.preset, rounds * given.repetitions, given.data), rounds)
+    rows = summarise([measure(given.preset, rounds, given.data) for _ in range(given.repetitions)])
     table = Table(
         "engine", "rounds per second", f"{REFERENCE}: times as fast", "whole run, s",
         title=f"{given.preset}: {given.repetitions} repetitions of {rounds} rounds, median (range)",

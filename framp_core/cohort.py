@@ -90,8 +90,11 @@ class _StackedModel(FlatModel):
         return torch.cat([part.flatten() for part in torch.split(rows, self._sizes, dim=1)])
 
     def rows(self, arranged: Tensor) -> Tensor:
+        return torch.stack([torch.cat(parts) for parts in self.places(arranged)])
+
+    def places(self, arranged: Tensor) -> list[list[Tensor]]:
         parts = torch.split(arranged, [self.count * size for size in self._sizes])
-        return torch.cat([part.view(self.count, -1) for part in parts], dim=1)
+        return [list(own) for own in zip(*(part.view(self.count, -1) for part in parts), strict=True)]
 
     def outputs(self, inputs: Tensor) -> list[Tensor]:
         """Logits of each exit ``(K, b, C)`` and, last, features ``(K, b, f)``, of ``(b, K * channels, h, w)``."""

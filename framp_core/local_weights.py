@@ -112,16 +112,19 @@ class NestedWeights(_LatentWeights):
         rngs: Sequence[np.random.Generator],
     ) -> None:
         super().__init__(model, start, kept)
-        self.choices = [[own, *_on(start.device, masks)] for own, masks in zip(kept, smaller, strict=True)]
         self.share, self.rngs = share, rngs
-        self.drawn = kept.clone()
-        self.current = self.kept
+        self.choices = [[own, *_on(start.device, masks)] for own, masks in zip(kept, smaller, strict=True)]
+        self.drawn = [0] * len(rngs)
+        self.current = self.kept.clone()
+        self.places = model.places(self.current)
 
     def show(self) -> None:
         """Draw each client's mask and run what it keeps."""
-        for row, choices, rng in zip(self.drawn, self.choices, self.rngs, strict=True):
-            row.copy_(choices[self._draw(len(choices), rng)])
-        self.current = self.model.arranged(self.drawn)
+        before, self.drawn = self.drawn, [self._draw(*each) for each in zip(self.choices, self.rngs, strict=True)]
+        for old, new, choices, places in zip(before, self.drawn, self.choices, self.places, strict=True):
+            if new != old:
+                for place, part in zip(places, torch.split(choices[new], [len(each) for each in places]), strict=True):
+                    place.copy_(part)
         self.model.load_product(self.latent, self.current)
 
     def pull_back(self) -> None:
@@ -132,9 +135,9 @@ class NestedWeights(_LatentWeights):
         """Leave the clients' whole submodels in the networks."""
         self.model.load(self.latent.detach())
 
-    def _draw(self, choices: int, rng: np.random.Generator) -> int:
+    def _draw(self, choices: Sequence[Tensor], rng: np.random.Generator) -> int:
         """0 is the client's own mask."""
-        return 1 + int(rng.integers(choices - 1)) if choices > 1 and rng.random() < self.share else 0
+        return 1 + int(rng.integers(len(choices) - 1)) if len(choices) > 1 and rng.random() < self.share else 0
 
 
 def _on(device: torch.device, masks: Sequence[np.ndarray]) -> list[Tensor]:

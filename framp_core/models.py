@@ -406,6 +406,10 @@ class FlatParameters:
         """Inverse of :meth:`arranged`."""
         return arranged.view(1, -1)
 
+    def places(self, arranged: Tensor) -> list[list[Tensor]]:
+        """Views of a vector in the order of ``flat``: for each network the parts that make up its ``(n,)``, in order."""
+        return [[arranged]]
+
     def load(self, parameters: Tensor) -> None:
         """Take over values of the shape of ``flat``."""
         with torch.no_grad():
