@@ -407,7 +407,7 @@ class FlatParameters:
         return arranged.view(1, -1)
 
     def places(self, arranged: Tensor) -> list[list[Tensor]]:
-        """Views of a vector in the order of ``flat``: for each network the parts that make up its ``(n,)``, in order."""
+        """Views of a vector in the order of ``flat``: for each network, the parts that make up its ``(n,)``."""
         return [[arranged]]
 
     def load(self, parameters: Tensor) -> None:
