@@ -21,7 +21,7 @@ from framp_core.threads import torch_threads
 
 Work = tuple[Client, Assignment]
 EVEN_ENOUGH = 1.5
-"""Images that a joint pass computes, black ones to fill up included, for each that there is, up to which it pays."""
+"""Images that a joint pass computes, those that fill up included, for each that there is, up to which it pays."""
 
 
 @span("client.other")

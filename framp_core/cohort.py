@@ -55,12 +55,14 @@ class _Linears(nn.Linear):
         own = inputs.view(-1, self.count, self.in_features).transpose(0, 1)
         weights = self.weight.view(self.count, -1, self.in_features).transpose(1, 2)
         if self.bias is None:
-            return torch.bmm(own, weights).transpose(0, 1).flatten(1)
-        return torch.baddbmm(self.bias.view(self.count, 1, -1), own, weights).transpose(0, 1).flatten(1)
+            products = torch.bmm(own, weights)
+        else:
+            products = torch.baddbmm(self.bias.view(self.count, 1, -1), own, weights)
+        return products.transpose(0, 1).flatten(1)
 
 
 def _side_by_side(network: FeaturesAndHead, count: int) -> FeaturesAndHead:
-    """K networks as one, whose parameters are undefined."""
+    """K networks as one; what its parameters hold is of no use."""
     wide = copy.deepcopy(network)
     for name, layer in list(wide.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -112,9 +114,11 @@ class StackedNetworks(Networks):
             CUDA graphs; it takes a minute or two on first use, for each K.
     """
 
+    parameters: _StackedModel
+
     def __init__(self, model: FlatModel, count: int, *, compiled: bool = False) -> None:
         self.layout = model.layout
-        self.parameters = self._model = _StackedModel(model, count)
+        self.parameters = _StackedModel(model, count)
         self._program = self._program_of(compiled)
 
     def train(self, tasks: Sequence[LocalTask]) -> list[LocalResult | ModelError]:
@@ -137,16 +141,16 @@ class StackedNetworks(Networks):
         """Local prototypes under the weights of the last training, of the same clients in the same order.
 
         As :func:`framp_core.local_training.client_prototypes`, up to the order of additions. Not for networks with
-        batch statistics: batches of fewer images than others are filled up with black ones.
+        batch statistics: batches of fewer images than others are filled up with zeros.
         """
-        shape, device = clients[0].shape, self._model.flat.device
+        shape, device = clients[0].shape, self.parameters.flat.device
         size = max(8, IN_CACHE_BYTES // (4 * len(clients) * math.prod(shape)))
         nothing = torch.empty(0, *shape, device=device), torch.empty(0, dtype=torch.int64, device=device)
         batches = [client.train.ordered_batches(size, device) for client in clients]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in clients]
         for own in zip_longest(*batches, fillvalue=nothing):
             inputs = pad_sequence([images for images, _ in own]).flatten(1, 2)  # type: ignore[misc]
-            *_, features = self._model.outputs(inputs)
+            *_, features = self.parameters.outputs(inputs)
             for kept, rows, (_, labels) in zip(found, features, own, strict=True):
                 kept.append((rows[: len(labels)], labels))
         merged = [[torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in found]
@@ -156,12 +160,12 @@ class StackedNetworks(Networks):
         """Computes the losses ``(K,)`` of an objective, its states, inputs and labels ``(K, b)``."""
 
         def losses(objective: Objective, states: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            *exits, features = self._model.outputs(inputs)
+            *exits, features = self.parameters.outputs(inputs)
             return objective(states, exits, features, labels)
 
         if not compiled:
             return losses
-        mode = "reduce-overhead" if self._model.flat.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if self.parameters.flat.device.type == "cuda" else "default"
         return torch.compile(losses, mode=mode, dynamic=False)
 
     def training(self, tasks: Sequence[LocalTask]) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from framp_core.graph_batch import Inputs
 from framp_core.layout import ParameterLayout
 from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
 from framp_core.masking import extract
-from framp_core.models import FlatModel, FlatParameters
+from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
 from framp_core.spans import span
 
@@ -36,7 +36,7 @@ class LocalResult:
         loss: mean over the steps of the training loss, all terms included.
         examples: number of the client's training examples.
         steps: number of steps taken.
-        weights: the trained weights, ``(n,)`` on the network's device; the network's own memory, so use them before it
+        weights: the trained weights, ``(n,)`` on the network's device; may be its own memory, so use them before it
             trains or evaluates something else.
     """
 
@@ -235,7 +235,7 @@ class Networks(ABC):
         layout: of one.
     """
 
-    parameters: FlatParameters
+    parameters: FlatModel
     layout: ParameterLayout
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """What the optimizer of local training moves, and what the network runs meanwhile.
 
 What is given for K networks that train side by side is ``(K, n)``; what is kept is in the order in which these lie
-(:meth:`framp_core.models.FlatParameters.arranged`).
+(:meth:`framp_core.models.FlatModel.arranged`).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from framp_core.models import FlatParameters
+from framp_core.models import FlatModel
 
 
 class KeptWeights:
@@ -21,7 +21,7 @@ class KeptWeights:
         latent: what the optimizer moves; its gradient is the networks' flat gradient.
     """
 
-    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
         self.start, self.kept = model.arranged(start), model.arranged(kept)
         model.load(self.start)
         self.model = model
@@ -42,7 +42,7 @@ class KeptWeights:
 class _LatentWeights(KeptWeights):
     """Base of those whose network runs something else than the optimizer moves."""
 
-    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
         self.latent = nn.Parameter(self.start.clone())
         self.latent.grad = model.flat_gradient
@@ -62,7 +62,7 @@ class ThresholdedWeights(_LatentWeights):
     weight that dropped out keeps its value.
     """
 
-    def __init__(self, model: FlatParameters, start: Tensor, kept: Tensor) -> None:
+    def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
         self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & self.kept.bool()
         sizes = model.rows(torch.where(self.ranked, self.start.abs(), torch.inf))
@@ -104,7 +104,7 @@ class NestedWeights(_LatentWeights):
 
     def __init__(
         self,
-        model: FlatParameters,
+        model: FlatModel,
         start: Tensor,
         kept: Tensor,
         smaller: Sequence[Sequence[np.ndarray]],

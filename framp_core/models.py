@@ -378,19 +378,37 @@ def _layer_of(slot: ParameterSlot) -> str:
     return slot.name.rpartition(".")[0]
 
 
-class FlatParameters:
-    """Parameters and gradient of one network as two flat vectors; or of K networks, in an order of its own.
+class FlatModel:
+    """A network whose parameters and gradients are views of two flat vectors.
+
+    Writing ``flat`` changes the network, and ``backward`` fills ``flat_gradient``; masking a submodel is then one
+    multiplication, and neither the network nor autograd knows of it. The network is in eval mode: who wants its dropout
+    says ``model.train()`` for the time.
+
+    Args:
+        model: the network.
+        device: where it goes.
+        precision: of convolutions and matrix products, forward and backward; parameters, gradients, logits and features
+            are float32 in either (``torch.autocast``).
 
     Attributes:
         layout: description of ``flat``.
-        flat: parameters ``(n,)``, of K networks ``(K * n,)``; a leaf whose ``grad`` is the flat gradient, fit for
-            ``torch.optim``.
+        flat: parameters ``(n,)``; a leaf whose ``grad`` is the flat gradient, fit for ``torch.optim``. A subclass may
+            stand for K networks in one (:meth:`arranged`), and has K times as many.
     """
 
-    def __init__(self, layout: ParameterLayout, values: Tensor, gradient: Tensor) -> None:
-        self.layout = layout
-        self.flat = nn.Parameter(values)
-        self.flat.grad = gradient
+    def __init__(
+        self, model: FeaturesAndHead, device: torch.device | str = "cpu", precision: PrecisionName = "float32"
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.layout = ParameterLayout.of(model)
+        self.precision: PrecisionName = precision
+        self.flat = nn.Parameter(torch.zeros(self.layout.size, device=device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        values, gradients = self.layout.split(self.flat.data), self.layout.split(self.flat_gradient)
+        for parameter, value, gradient in zip(model.parameters(), values, gradients, strict=True):
+            parameter.data = value.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -419,34 +437,6 @@ class FlatParameters:
         """Take over ``parameters * mask``, both of the shape of ``flat``, without memory for the product."""
         with torch.no_grad():
             torch.mul(parameters, mask, out=self.flat)
-
-
-class FlatModel(FlatParameters):
-    """A network whose parameters and gradients are views of two flat vectors.
-
-    Writing ``flat`` changes the network, and ``backward`` fills ``flat_gradient``; masking a submodel is then one
-    multiplication, and neither the network nor autograd knows of it. The network is in eval mode: who wants its dropout
-    says ``model.train()`` for the time.
-
-    Args:
-        model: the network.
-        device: where it goes.
-        precision: of convolutions and matrix products, forward and backward; parameters, gradients, logits and features
-            are float32 in either (``torch.autocast``).
-    """
-
-    def __init__(
-        self, model: FeaturesAndHead, device: torch.device | str = "cpu", precision: PrecisionName = "float32"
-    ) -> None:
-        self.model = model.to(device).eval()
-        layout = ParameterLayout.of(model)
-        zeros = torch.zeros(layout.size, device=device)
-        super().__init__(layout, zeros, torch.zeros_like(zeros))
-        self.precision: PrecisionName = precision
-        values, gradients = layout.split(self.flat.data), layout.split(self.flat_gradient)
-        for parameter, value, gradient in zip(model.parameters(), values, gradients, strict=True):
-            parameter.data = value.view(parameter.shape)
-            parameter.grad = gradient.view(parameter.shape)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Logits of the head and penultimate features of a batch."""

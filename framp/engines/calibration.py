@@ -53,9 +53,11 @@ def _fastest_cohort(config: FrampConfig, workers: int) -> int:
     start = time.perf_counter()
     share = -(-min(config.server.clients_per_round, config.partition.clients) // workers)
     sizes = sorted({size for size in (share, -(-share // 2)) if size >= SMALLEST})
-    clients = [load_client(config, index, config.partition.nodes) for index in range(max([1, *sizes]))]
+    if not sizes:
+        return 1
+    clients = [load_client(config, index, config.partition.nodes) for index in range(max(sizes))]
     network = build_model(config.model, clients[0].shape, clients[0].classes)
-    if not sizes or not stackable(clients[0].train, network):
+    if not stackable(clients[0].train, network):
         return 1
     with torch_threads(config.local.threads):
         found = _measure(config, network, clients, sizes)

@@ -1,4 +1,4 @@
-"""The in-process engine with clients as one program: who is beside whom changes nothing, and what fails fails alone."""
+"""The in-process engine with clients as one program: workers change nothing, and what fails fails alone."""
 
 import logging
 from collections.abc import Callable

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
-from framp_core.cohort import SMALLEST, StackedNetworks, stackable
+from framp_core.cohort import StackedNetworks, stackable
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_client
@@ -114,10 +115,10 @@ def test_clients_together_train_as_they_do_one_by_one(name: str) -> None:
 
 def test_the_tolerance_tells_another_batch_from_the_same_one() -> None:
     config = config_of()
-    first, *others = tasks(config, 0, 1, 2)
+    first, *others = tasks(config, 2, 3, 4)
     changed = StackedNetworks(network(config), 3).train([first._replace(rng=np.random.default_rng(99)), *others])
     assert isinstance(changed[0], LocalResult)
-    assert difference(changed[0].delta, one_by_one(config, 0)[0].delta) > 100 * TOLERANCE
+    assert difference(changed[0].delta, one_by_one(config, 2)[0].delta) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["the method", "residual"])
@@ -126,8 +127,7 @@ def test_the_same_clients_together_give_the_same_numbers_and_others_beside_them_
     reference = together(config, *range(CLIENTS))
     for mine, again in zip(reference, together(config, *range(CLIENTS)), strict=True):
         np.testing.assert_array_equal(mine.delta, again.delta)
-    for numbers in ((0, 1, 2), (4, 0, 2, 3), (3, 2, 1, 0, 4)):
-        assert len(numbers) >= SMALLEST
+    for numbers in ((2, 3), (0, 1, 4), (4, 0, 2, 3), (3, 2, 1, 0, 4)):
         for number, result in zip(numbers, together(config, *numbers), strict=True):
             assert difference(result.delta, reference[number].delta) < TOLERANCE
             assert result.loss == pytest.approx(reference[number].loss, rel=TOLERANCE)
@@ -173,8 +173,12 @@ class Doubling(Block):
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm(8), nn.Dropout(0.5), nn.Softmax(dim=1), nn.GELU(), Doubling()])
 def test_a_network_with_a_layer_that_might_mix_channels_or_draws_is_not_stacked(layer: nn.Module) -> None:
-    features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert not stackable(load_client(config_of(), 0, CLIENTS).train, FeaturesAndHead(features, 8, 10))
+    def is_stackable(third: nn.Module) -> bool:
+        features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), third, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return stackable(load_client(config_of(), 0, CLIENTS).train, FeaturesAndHead(features, 8, 10))
+
+    assert is_stackable(nn.Identity())
+    assert not is_stackable(layer)
 
 
 def test_graphs_and_dropout_before_the_head_are_not_stacked(tmp_path: Path) -> None:
@@ -197,7 +201,7 @@ def test_bfloat16_is_near_and_leaves_weights_in_float32(side_by_side: bool) -> N
 
 
 def test_capacity_one_is_stacked_without_a_mask() -> None:
-    config = config_of({"capacity.sizes": "1", "local.nested-share": 0.0})
+    config = config_of({"capacity.sizes": "1"})
     given = [task._replace(mask=None) for task in tasks(config, 0, 1, 2)]
     assert {task.data.capacity for task in given} == {Fraction(1)}
     for mine, masked in zip(StackedNetworks(network(config), 3).train(given), together(config, 0, 1, 2), strict=True):
@@ -225,3 +229,20 @@ def test_prototypes_together_are_those_one_by_one_whatever_the_number_of_images(
         assert difference(mine.means, alone.means) < TOLERANCE
     others = stack.prototypes(few[::-1])  # Under other weights than those that the images were trained with.
     assert difference(others[2].means, stack.prototypes(few)[0].means) > 10 * TOLERANCE
+
+
+def test_the_compiled_program_is_one_graph_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, counter = torch.compile, CompileCounter()
+
+    def traced(function, *, mode: str, dynamic: bool):  # type: ignore[no-untyped-def]
+        assert mode == "default"
+        return compiler(function, backend=counter, fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    config = config_of(CASES["ScaleFL"])
+    stack = StackedNetworks(network(config), 3, compiled=True)
+    for _ in range(2):  # The second training meets new objectives and data, and needs no other program.
+        for mine, plain in zip(stack.train(tasks(config, 2, 3, 4)), together(config, 2, 3, 4), strict=True):
+            assert isinstance(mine, LocalResult)
+            np.testing.assert_array_equal(mine.delta, plain.delta)
+    assert counter.frame_count == 1

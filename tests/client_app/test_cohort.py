@@ -1,0 +1,84 @@
+"""Messages answered together: the replies that each client would have given, prototypes among them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import app
+from client_app.cohort import train_together
+from framp_core.codec import Update, decode_update, encode_submodel
+from framp_core.cohort import StackedNetworks
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
+from framp_core.data import load_client
+from framp_core.fingerprint import code_fingerprint
+from framp_core.masking import extract
+from framp_core.models import FlatModel, build_model, initial_parameters
+
+Build = Callable[..., FrampConfig]
+CLIENTS = 4
+BASE: dict[str, Scalar] = {"partition.clients": CLIENTS, "partition.unseen-clients": 0, "capacity.sizes": "1/4"}
+CASES: dict[str, tuple[dict[str, Scalar], int]] = {
+    "even": ({"partition.scheme": "balanced-dirichlet"}, 1),
+    "one holds most": ({"partition.scheme": "dirichlet", "partition.alpha": 0.1}, 0),
+    "batch statistics": ({"partition.scheme": "balanced-dirichlet", "model.normalisation": "batch-statistics"}, 0),
+    "not aligned": ({"partition.scheme": "balanced-dirichlet", "local.alignment-weight": 0.0}, 0),
+}
+
+
+def exchanges(config: FrampConfig, payload: bytes) -> tuple[list[Message], list[Context]]:
+    """A train message for every client, and the context of its node."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    messages, contexts = [], []
+    for number in range(CLIENTS):
+        instruction = ConfigRecord({"fingerprint": code_fingerprint(), "round": 1})
+        content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": payload})})
+        messages.append(Message(content, number, "train"))
+        messages[-1].metadata.__dict__["_message_id"] = str(number)
+        node: dict[str, Scalar] = {"partition-id": number, "num-partitions": CLIENTS}
+        contexts.append(Context(1, number, node, RecordDict(), config.to_flat()))
+    return messages, contexts
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of clients whose prototypes were made in one pass."""
+    counted: list[int] = []
+    original = StackedNetworks.prototypes
+
+    def count(self: StackedNetworks, clients):  # type: ignore[no-untyped-def]
+        counted.append(len(clients))
+        return original(self, clients)
+
+    monkeypatch.setattr(StackedNetworks, "prototypes", count)
+    return counted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, passes: list[int]) -> None:
+    values, joint_passes = CASES[name]
+    config = tiny(BASE | values)
+    counts = [len(load_client(config, number, CLIENTS).train) for number in range(CLIENTS)]
+    assert (CLIENTS * max(counts) > 1.5 * sum(counts)) == (name == "one holds most")
+    network = FlatModel(build_model(config.model, (1, 8, 8), 10))
+    theta = initial_parameters(network.model, 0).numpy()
+    mask = extract(theta, network.layout, config.extraction, 0.25)
+    payload = encode_submodel(theta[mask], mask, None, network.layout, "float32").blob
+
+    def update(reply: Message) -> Update:
+        return decode_update(reply.content["framp"]["payload"], network.layout, mask, 10, network.model.feature_size)
+
+    together = train_together(*exchanges(config, payload))
+    assert passes == [CLIENTS] * joint_passes
+    for mine, message, context in zip(together, *exchanges(config, payload), strict=True):
+        got, expected = update(mine), update(app(message, context))
+        assert mine.metadata.reply_to_message_id == message.metadata.message_id
+        np.testing.assert_allclose(got.delta_kept, expected.delta_kept, atol=1e-5)
+        assert got.prototypes is not None
+        assert expected.prototypes is not None
+        np.testing.assert_array_equal(got.prototypes.classes, expected.prototypes.classes)
+        np.testing.assert_array_equal(got.prototypes.counts, expected.prototypes.counts)
+        np.testing.assert_allclose(got.prototypes.means, expected.prototypes.means, rtol=1e-3, atol=1e-5)
