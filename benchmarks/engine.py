@@ -52,7 +52,7 @@ from framp_core.models import build_model
 from framp_core.run_folder import RunFolder
 
 PRESETS = Path(__file__).parents[1] / "presets"
-ROUNDS = {"digits": 20, "cifar10-small": 2}
+ROUNDS = {"digits": 10, "cifar10-small": 2}
 REFERENCE = "in process, a worker per core"
 
 

@@ -439,7 +439,8 @@ class WireConfig(_Section):
 class EngineConfig(_Section):
     """How the in-process engine spreads the clients of a round, ``workers`` also for Ray's client actors.
 
-    The number of workers never changes the numbers. A cohort changes the order of additions, that is the last bits.
+    The number of workers never changes the numbers. A cohort, and who is in it, changes the order of additions, that is
+    the last bits.
     """
 
     workers: int = Field(
