@@ -113,17 +113,18 @@ class NestedWeights(_LatentWeights):
     ) -> None:
         super().__init__(model, start, kept)
         self.share, self.rngs = share, rngs
-        self.choices = [[own, *_on(start.device, masks)] for own, masks in zip(kept, smaller, strict=True)]
         self.drawn = [0] * len(rngs)
         self.current = self.kept.clone()
         self.places = model.places(self.current)
+        masks = [[own, *_on(start.device, others)] for own, others in zip(kept, smaller, strict=True)]
+        self.choices = [_in_parts(own, places) for own, places in zip(masks, self.places, strict=True)]
 
     def show(self) -> None:
         """Draw each client's mask and run what it keeps."""
         before, self.drawn = self.drawn, [self._draw(*each) for each in zip(self.choices, self.rngs, strict=True)]
         for old, new, choices, places in zip(before, self.drawn, self.choices, self.places, strict=True):
             if new != old:
-                for place, part in zip(places, torch.split(choices[new], [len(each) for each in places]), strict=True):
+                for place, part in zip(places, choices[new], strict=True):
                     place.copy_(part)
         self.model.load_product(self.latent, self.current)
 
@@ -135,10 +136,15 @@ class NestedWeights(_LatentWeights):
         """Leave the clients' whole submodels in the networks."""
         self.model.load(self.latent.detach())
 
-    def _draw(self, choices: Sequence[Tensor], rng: np.random.Generator) -> int:
+    def _draw(self, choices: Sequence[Sequence[Tensor]], rng: np.random.Generator) -> int:
         """0 is the client's own mask."""
         return 1 + int(rng.integers(len(choices) - 1)) if len(choices) > 1 and rng.random() < self.share else 0
 
 
 def _on(device: torch.device, masks: Sequence[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(mask).to(device) for mask in masks]
+
+
+def _in_parts(masks: Sequence[Tensor], places: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    sizes = [len(place) for place in places]
+    return [torch.split(mask, sizes) for mask in masks]
