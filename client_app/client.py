@@ -123,6 +123,11 @@ class Assignment:
     slim: bool
     server_round: int
 
+    @property
+    def computes_prototypes(self) -> bool:
+        """Whether the update holds means of classes: for alignment, of features that all clients have."""
+        return self.task.config.local.alignment_weight > 0 and not self.slim
+
 
 @dataclass(frozen=True)
 class Client:
@@ -206,10 +211,7 @@ class Client:
         self, given: Assignment, result: LocalResult, prototypes: Prototypes | None = None
     ) -> tuple[bytes, dict[str, MetricRecordValues]]:
         """The encoded update that a training came to, and the metrics; ``prototypes`` if they are known already."""
-        if given.slim:
-            prototypes = held_classes(self.data.class_counts())
-        elif prototypes is None:
-            prototypes = self._prototypes(given.model, result)
+        prototypes = prototypes or self._prototypes(given, result)
         with span("client.encode"):
             update = encode_update(
                 result.delta[given.mask],
@@ -245,11 +247,13 @@ class Client:
         return counts
 
     @span("client.prototypes")
-    def _prototypes(self, model: FlatModel, result: LocalResult) -> Prototypes:
-        if self.config.local.alignment_weight == 0:
-            return no_prototypes(model)
-        model.load(result.weights)
-        return client_prototypes(model, self.data)
+    def _prototypes(self, given: Assignment, result: LocalResult) -> Prototypes:
+        if given.slim:
+            return held_classes(self.data.class_counts())
+        if not given.computes_prototypes:
+            return no_prototypes(given.model)
+        given.model.load(result.weights)
+        return client_prototypes(given.model, self.data)
 
     @span("client.decode")
     def _read(self, payload: bytes) -> tuple[FlatModel, Submodel]:

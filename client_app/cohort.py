@@ -74,7 +74,7 @@ def _results(works: Sequence[Work]) -> tuple[Sequence[LocalResult | ModelError |
     client, given = works[0]
     stack = _stacked(given.model, len(works), client.config.engine.compile)
     results = stack.train([assignment.task for _, assignment in works])
-    if given.slim or client.config.local.alignment_weight == 0 or not _can_share_a_pass(given.model, works):
+    if not given.computes_prototypes or not _can_share_a_pass(given.model, works):
         return results, alone
     with span("client.prototypes"):
         return results, stack.prototypes([client.data for client, _ in works])

@@ -1,11 +1,12 @@
 """Small configurations that several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from framp_core.cohort import StackedNetworks
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 
@@ -36,3 +37,22 @@ def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
         return FrampConfig.from_flat({**TINY, **paths, **(values or {})})
 
     return build
+
+
+@pytest.fixture
+def stacked_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Of each method of ``StackedNetworks``, the numbers of clients that this process called it with."""
+    calls: dict[str, list[int]] = {"train": [], "prototypes": []}
+
+    def counted(name: str) -> Callable[..., object]:
+        original = getattr(StackedNetworks, name)
+
+        def method(self: StackedNetworks, clients: Sequence[object]) -> object:
+            calls[name].append(len(clients))
+            return original(self, clients)
+
+        return method
+
+    for name in calls:
+        monkeypatch.setattr(StackedNetworks, name, counted(name))
+    return calls

@@ -10,7 +10,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import app
 from client_app.cohort import train_together
 from framp_core.codec import Update, decode_update, encode_submodel
-from framp_core.cohort import StackedNetworks
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_client
@@ -43,22 +42,8 @@ def exchanges(config: FrampConfig, payload: bytes) -> tuple[list[Message], list[
     return messages, contexts
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of clients whose prototypes were made in one pass."""
-    counted: list[int] = []
-    original = StackedNetworks.prototypes
-
-    def count(self: StackedNetworks, clients):  # type: ignore[no-untyped-def]
-        counted.append(len(clients))
-        return original(self, clients)
-
-    monkeypatch.setattr(StackedNetworks, "prototypes", count)
-    return counted
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, passes: list[int]) -> None:
+def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, stacked_calls: dict[str, list[int]]) -> None:
     values, joint_passes = CASES[name]
     config = tiny(BASE | values)
     counts = [len(load_client(config, number, CLIENTS).train) for number in range(CLIENTS)]
@@ -72,7 +57,7 @@ def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, passes: 
         return decode_update(reply.content["framp"]["payload"], network.layout, mask, 10, network.model.feature_size)
 
     together = train_together(*exchanges(config, payload))
-    assert passes == [CLIENTS] * joint_passes
+    assert stacked_calls["prototypes"] == [CLIENTS] * joint_passes
     for mine, message, context in zip(together, *exchanges(config, payload), strict=True):
         got, expected = update(mine), update(app(message, context))
         assert mine.metadata.reply_to_message_id == message.metadata.message_id

@@ -11,7 +11,6 @@ from client_app.app import app
 from client_app.cohort import train_together
 from framp.engines import InProcessGrid, run_local
 from framp.engines.calibration import settle_engine
-from framp_core.cohort import StackedNetworks
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.methods import METHODS
@@ -28,27 +27,13 @@ SEVEN: dict[str, Scalar] = {
 }
 
 
-@pytest.fixture
-def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of networks that were trained as one program in this process."""
-    sizes: list[int] = []
-    original = StackedNetworks.train
-
-    def counted(self: StackedNetworks, tasks):  # type: ignore[no-untyped-def]
-        sizes.append(len(tasks))
-        return original(self, tasks)
-
-    monkeypatch.setattr(StackedNetworks, "train", counted)
-    return sizes
-
-
-def test_workers_change_no_number_of_a_cohort(tiny: Build, stacks: list[int]) -> None:
+def test_workers_change_no_number_of_a_cohort(tiny: Build, stacked_calls: dict[str, list[int]]) -> None:
     one, several = (
         measured(run_local(tiny({**SEVEN, "engine.cohort": 4, "engine.workers": workers}, str(workers))))
         for workers in (1, 3)
     )
     assert one == several
-    assert stacks == [3, 4, 3, 4]  # Two rounds in this process; 4 at a time.
+    assert stacked_calls["train"] == [3, 4, 3, 4]  # Two rounds in this process; 4 at a time.
 
 
 @pytest.mark.parametrize("cohort", [2, 4, 7])
@@ -67,7 +52,7 @@ def test_the_first_round_is_that_of_clients_one_by_one_up_to_rounding(tiny: Buil
         }
 
 
-def test_a_client_that_cannot_work_fails_alone(tiny: Build, stacks: list[int]) -> None:
+def test_a_client_that_cannot_work_fails_alone(tiny: Build, stacked_calls: dict[str, list[int]]) -> None:
     config = tiny({**SEVEN, "rounds": 1})
     nodes = config.partition.nodes
     configs: list[dict[str, Scalar]] = [{"partition-id": index, "num-partitions": nodes} for index in range(nodes)]
@@ -78,7 +63,7 @@ def test_a_client_that_cannot_work_fails_alone(tiny: Build, stacks: list[int]) -
     assert len(trained["clients"]) == 6
     (refused,) = trained["refused"]
     assert "lacks 'fingerprint'" in refused["error"]
-    assert stacks == [6]
+    assert stacked_calls["train"] == [6]
 
 
 def _broken_for_the_third(messages: list[Message], contexts: list[Context]) -> list[Message]:
@@ -86,18 +71,18 @@ def _broken_for_the_third(messages: list[Message], contexts: list[Context]) -> l
     return train_together(messages, contexts)
 
 
-def test_slim_networks_are_stacked_by_their_size(tiny: Build, stacks: list[int]) -> None:
+def test_slim_networks_are_stacked_by_their_size(tiny: Build, stacked_calls: dict[str, list[int]]) -> None:
     slim = {**METHODS["heterofl"].settings, **SEVEN, "rounds": 1, "capacity.sizes": "1/16,1", "engine.cohort": 7}
     trained = next(row for row in run_local(tiny(slim)).events() if row["kind"] == "train")
     assert len(trained["clients"]) == 7
-    assert sorted(stacks) == [3, 4]
+    assert sorted(stacked_calls["train"]) == [3, 4]
 
 
-def test_graphs_are_not_stacked(tiny: Build, tmp_path: Path, stacks: list[int]) -> None:
+def test_graphs_are_not_stacked(tiny: Build, tmp_path: Path, stacked_calls: dict[str, list[int]]) -> None:
     graph = save_small_graph(tmp_path / "small.npz")
     alone = measured(run_local(tiny(graph, "alone")))
     assert measured(run_local(tiny({**graph, "engine.cohort": 3}, "together"))) == alone
-    assert stacks == []
+    assert stacked_calls["train"] == []
 
 
 def test_zeros_become_numbers_that_the_run_keeps(
