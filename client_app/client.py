@@ -90,7 +90,7 @@ def _config(flat: str) -> FrampConfig:
     return FrampConfig.from_flat(json.loads(flat))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _flat_model(
     config: ModelConfig, local: LocalConfig, shape: tuple[int, ...], classes: int, kept: tuple[int, ...] | None = None
 ) -> FlatModel:

@@ -3,6 +3,8 @@
 Flower hands a ClientApp one message at a time; an engine that has several at hand calls :func:`train_together`.
 """
 
+import copy
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -19,7 +21,10 @@ from framp_core.prototypes import Prototypes
 from framp_core.spans import span
 from framp_core.threads import torch_threads
 
+logger = logging.getLogger("flwr.framp")
 Work = tuple[Client, Assignment]
+Results = tuple[Sequence[LocalResult | ModelError | None], Sequence[Prototypes | None]]
+"""Trainings and prototypes; None for clients that train, or make them, by themselves."""
 EVEN_ENOUGH = 1.5
 """Images that a joint pass computes, those that fill up included, for each that there is, up to which it pays."""
 
@@ -28,8 +33,8 @@ EVEN_ENOUGH = 1.5
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """Reply to each train message as :data:`client_app.app.app` would, up to the order of additions in a layer.
 
-    Clients that cannot share a program (:func:`framp_core.cohort.stackable`), or of which there are fewer than
-    :data:`framp_core.cohort.SMALLEST` alike, train one by one.
+    Clients that cannot share a program (:func:`framp_core.cohort.stackable`), of which there are fewer than
+    :data:`framp_core.cohort.SMALLEST` alike, or whose program fails, train one by one.
     """
     opened = [content_or_error(partial(_open, *pair)) for pair in zip(messages, contexts, strict=True)]
     groups: dict[object, list[tuple[int, Work]]] = defaultdict(list)
@@ -60,22 +65,27 @@ def _program_of(given: Assignment, place: int) -> object:
 
 def _train(works: Sequence[Work]) -> list[RecordDict]:
     with torch_threads(works[0][0].config.local.threads):
-        found = content_or_error(lambda: _results(works))
-        if isinstance(found, RecordDict):
-            return [found] * len(works)
+        found = _results(works)
         return [content_or_error(partial(_content, *each), each[0][0]) for each in zip(works, *found, strict=True)]
 
 
-def _results(works: Sequence[Work]) -> tuple[Sequence[LocalResult | ModelError | None], Sequence[Prototypes | None]]:
-    """Trainings and prototypes; None for those that train, or make them, by themselves."""
+def _results(works: Sequence[Work]) -> Results:
     alone = [None] * len(works)
-    if len(works) < SMALLEST:
-        return alone, alone
+    if len(works) >= SMALLEST:
+        try:
+            return _results_together(works)
+        except Exception as error:  # Room that all lack together one may have; what fails again names its client.
+            logger.warning("%d clients train one by one, as their program failed: %s", len(works), error)
+    return alone, alone
+
+
+def _results_together(works: Sequence[Work]) -> Results:
     client, given = works[0]
     stack = _stacked(given.model, len(works), client.config.engine.compile)
-    results = stack.train([assignment.task for _, assignment in works])
+    tasks = [assignment.task for _, assignment in works]
+    results = stack.train([task._replace(rng=copy.deepcopy(task.rng)) for task in tasks])
     if not given.computes_prototypes or not _can_share_a_pass(given.model, works):
-        return results, alone
+        return results, [None] * len(works)
     with span("client.prototypes"):
         return results, stack.prototypes([client.data for client, _ in works])
 
@@ -92,7 +102,7 @@ def _content(work: Work, result: LocalResult | ModelError | None, prototypes: Pr
     return update_content(client, given, result or train_locally(given.model, *given.task), prototypes)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _stacked(model: FlatModel, count: int, compiled: bool) -> StackedNetworks:
     """One stack per process, network and number; every training overwrites all of its parameters."""
     return StackedNetworks(model, count, compiled=compiled)

@@ -27,7 +27,7 @@ SMALLEST = 2
 """Networks that make a stack."""
 
 _IN_GROUPS = {nn.Conv2d, nn.GroupNorm, BatchStatistics, nn.Linear}
-_BY_CHANNEL = {nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity}
+_BY_CHANNEL = {nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity}
 _CONTAINERS = {FeaturesAndHead, nn.Sequential, nn.ModuleDict}
 
 
@@ -37,11 +37,15 @@ def stackable(examples: Examples, network: FeaturesAndHead) -> bool:
     """
     if not isinstance(examples, LabelledImages) or network.dropout.p:
         return False
-    parts = (layer for layer in network.modules() if layer is not network.dropout)
-    return all(
-        layer.by_channel if isinstance(layer, Block) else type(layer) in _IN_GROUPS | _BY_CHANNEL | _CONTAINERS
-        for layer in parts
-    )
+    return all(_keeps_clients_apart(layer) for layer in network.modules() if layer is not network.dropout)
+
+
+def _keeps_clients_apart(layer: nn.Module) -> bool:
+    if isinstance(layer, Block):
+        return layer.by_channel
+    if type(layer) is nn.Flatten:
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    return type(layer) in _IN_GROUPS | _BY_CHANNEL | _CONTAINERS
 
 
 class _Linears(nn.Linear):

@@ -130,7 +130,8 @@ class Block(nn.Module, ABC):
 
     Attributes:
         by_channel: whether all that the block does besides its convolutions, norms and linear layers, it does to each
-            channel by itself; then clients' networks can be stacked (:mod:`framp_core.cohort`).
+            channel by itself, in training as in evaluation, with parameters of its own, if any, whose first dimension
+            is the channels; then clients' networks can be stacked (:mod:`framp_core.cohort`).
     """
 
     by_channel: ClassVar[bool] = False

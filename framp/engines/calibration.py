@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -31,7 +31,7 @@ def settle_engine(config: FrampConfig) -> FrampConfig:
 
     ``workers``: as many as the cores that this process may use have room for at ``local.threads`` each; one on a GPU.
     ``cohort``: whichever trains fastest per client and step, of clients one by one, those of a round that fall to one
-    worker as one program, and half as many; measured on the first clients of the run, and logged.
+    worker as one program, and half as many; measured on the largest of the first clients, and logged.
     """
     engine = config.engine
     workers = engine.workers or _room_for_workers(config)
@@ -55,12 +55,14 @@ def _fastest_cohort(config: FrampConfig, workers: int) -> int:
     sizes = sorted({size for size in (share, -(-share // 2)) if size >= SMALLEST})
     if not sizes:
         return 1
-    clients = [load_client(config, index, config.partition.nodes) for index in range(max(sizes))]
-    network = build_model(config.model, clients[0].shape, clients[0].classes)
-    if not stackable(clients[0].train, network):
+    # One client stands for all: those with fewer images than a batch would train in a program of their own.
+    first = (load_client(config, index, config.partition.nodes) for index in range(max(sizes)))
+    client = max(first, key=lambda each: len(each.train))
+    network = build_model(config.model, client.shape, client.classes)
+    if not stackable(client.train, network):
         return 1
     with torch_threads(config.local.threads):
-        found = _measure(config, network, clients, sizes)
+        found = _measure(config, network, client, sizes)
     best = min(found, key=lambda size: found[size] * (WORTHWHILE if size == 1 else 1))
     logger.info(
         "engine.cohort=0 becomes %d: per client and step %s (measured in %.1f s, for %d workers)",
@@ -77,16 +79,16 @@ def _words(size: int) -> str:
 
 
 def _measure(
-    config: FrampConfig, network: FeaturesAndHead, clients: Sequence[ClientData], sizes: Sequence[int]
+    config: FrampConfig, network: FeaturesAndHead, client: ClientData, sizes: Iterable[int]
 ) -> dict[int, float]:
     """Seconds per client and step by the number of clients that are trained as one program, as far as memory goes."""
     model = FlatModel(network, resolve_device(config.local.device), config.local.precision)
     theta = initial_parameters(network, config.seed).numpy()
-    masks = [extract(theta, model.layout, config.extraction, client.capacity) for client in clients]
+    mask = extract(theta, model.layout, config.extraction, client.capacity)
 
     def tasks(count: int) -> list[LocalTask]:
-        chosen = zip(masks[:count], clients[:count], np.random.default_rng(0).spawn(count), strict=True)
-        return [LocalTask(theta, mask, client, config, rng, None, STEPS) for mask, client, rng in chosen]
+        streams = np.random.default_rng(0).spawn(count)
+        return [LocalTask(theta, mask, client, config, rng, None, STEPS) for rng in streams]
 
     def one_by_one() -> None:
         for task in tasks(SMALLEST):
@@ -95,7 +97,8 @@ def _measure(
     found = {1: _seconds(one_by_one, model.flat.device) / (SMALLEST * STEPS)}
     with suppress(torch.OutOfMemoryError):
         for size in sizes:
-            together = partial(_train_together, StackedNetworks(model, size), partial(tasks, size))
+            stack = StackedNetworks(model, size, compiled=config.engine.compile)
+            together = partial(_train_together, stack, partial(tasks, size))
             found[size] = _seconds(together, model.flat.device) / (size * STEPS)
     return found
 

@@ -10,6 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import app
 from client_app.cohort import train_together
 from framp_core.codec import Update, decode_update, encode_submodel
+from framp_core.cohort import StackedNetworks
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.data import load_client
@@ -42,24 +43,35 @@ def exchanges(config: FrampConfig, payload: bytes) -> tuple[list[Message], list[
     return messages, contexts
 
 
+class Trial:
+    """A network, a submodel of it, and a message to train it for each client."""
+
+    def __init__(self, config: FrampConfig) -> None:
+        self._config = config
+        self._network = FlatModel(build_model(config.model, (1, 8, 8), 10))
+        theta = initial_parameters(self._network.model, 0).numpy()
+        self._mask = extract(theta, self._network.layout, config.extraction, 0.25)
+        self._payload = encode_submodel(theta[self._mask], self._mask, None, self._network.layout, "float32").blob
+
+    def exchanges(self) -> tuple[list[Message], list[Context]]:
+        return exchanges(self._config, self._payload)
+
+    def update(self, reply: Message) -> Update:
+        layout, features = self._network.layout, self._network.model.feature_size
+        return decode_update(reply.content["framp"]["payload"], layout, self._mask, 10, features)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, stacked_calls: dict[str, list[int]]) -> None:
     values, joint_passes = CASES[name]
     config = tiny(BASE | values)
     counts = [len(load_client(config, number, CLIENTS).train) for number in range(CLIENTS)]
     assert (CLIENTS * max(counts) > 1.5 * sum(counts)) == (name == "one holds most")
-    network = FlatModel(build_model(config.model, (1, 8, 8), 10))
-    theta = initial_parameters(network.model, 0).numpy()
-    mask = extract(theta, network.layout, config.extraction, 0.25)
-    payload = encode_submodel(theta[mask], mask, None, network.layout, "float32").blob
-
-    def update(reply: Message) -> Update:
-        return decode_update(reply.content["framp"]["payload"], network.layout, mask, 10, network.model.feature_size)
-
-    together = train_together(*exchanges(config, payload))
+    trial = Trial(config)
+    together = train_together(*trial.exchanges())
     assert stacked_calls["prototypes"] == [CLIENTS] * joint_passes
-    for mine, message, context in zip(together, *exchanges(config, payload), strict=True):
-        got, expected = update(mine), update(app(message, context))
+    for mine, message, context in zip(together, *trial.exchanges(), strict=True):
+        got, expected = trial.update(mine), trial.update(app(message, context))
         assert mine.metadata.reply_to_message_id == message.metadata.message_id
         np.testing.assert_allclose(got.delta_kept, expected.delta_kept, atol=1e-5)
         assert got.prototypes is not None
@@ -67,3 +79,22 @@ def test_every_client_answers_as_it_would_alone(name: str, tiny: Build, stacked_
         np.testing.assert_array_equal(got.prototypes.classes, expected.prototypes.classes)
         np.testing.assert_array_equal(got.prototypes.counts, expected.prototypes.counts)
         np.testing.assert_allclose(got.prototypes.means, expected.prototypes.means, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["train", "prototypes"])
+def test_a_program_that_fails_leaves_every_client_to_itself(
+    broken: str, tiny: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = getattr(StackedNetworks, broken)
+
+    def late_failure(self: StackedNetworks, clients: object) -> None:
+        original(self, clients)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(StackedNetworks, broken, late_failure)
+    trial = Trial(tiny(BASE | CASES["even"][0]))
+    together = train_together(*trial.exchanges())
+    assert "4 clients train one by one, as their program failed: no room" in caplog.text
+    for mine, message, context in zip(together, *trial.exchanges(), strict=True):
+        alone = app(message, context)
+        assert mine.content["framp"]["payload"] == alone.content["framp"]["payload"], "bit for bit"

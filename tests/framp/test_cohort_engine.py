@@ -13,6 +13,7 @@ from framp.engines import InProcessGrid, run_local
 from framp.engines.calibration import settle_engine
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
+from framp_core.data import load_client
 from framp_core.methods import METHODS
 from server_app.app import serve
 from tests.server_app.runs import measured
@@ -95,6 +96,14 @@ def test_zeros_become_numbers_that_the_run_keeps(
     assert run.config.engine.workers == 1, "three cores have room for one worker of two threads"
     assert run.config.engine.cohort in {1, 4, 7}
     assert f"engine.cohort=0 becomes {run.config.engine.cohort}: per client and step" in caplog.text
+
+
+def test_clients_with_fewer_images_than_a_batch_are_measured_too(tiny: Build) -> None:
+    skew: dict[str, Scalar] = {"partition.scheme": "dirichlet", "partition.alpha": 0.1, "local.batch-size": 64}
+    skewed = tiny({**SEVEN, **skew, "engine.cohort": 0})
+    sizes = [len(load_client(skewed, number, skewed.partition.nodes).train) for number in range(7)]
+    assert min(sizes) < skewed.local.batch_size < max(sizes)
+    assert settle_engine(skewed).engine.cohort in {1, 4, 7}
 
 
 def test_numbers_that_were_given_are_left_alone(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:

@@ -171,7 +171,9 @@ class Doubling(Block):
         return {}
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm(8), nn.Dropout(0.5), nn.Softmax(dim=1), nn.GELU(), Doubling()])
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(8), nn.Dropout(0.5), nn.Softmax(dim=1), nn.GELU(), nn.Flatten(2), Doubling()]
+)
 def test_a_network_with_a_layer_that_might_mix_channels_or_draws_is_not_stacked(layer: nn.Module) -> None:
     def is_stackable(third: nn.Module) -> bool:
         features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), third, nn.AdaptiveAvgPool2d(1), nn.Flatten())
