@@ -210,6 +210,7 @@ def _accuracy_by_size(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Seq
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("Size (fraction of the maskable weights)")
     _percent_axis(axes)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # A deviation reaches above 100 %, an accuracy does not.
     figure.legend(loc="outside upper left", ncols=3, handletextpad=0.3, columnspacing=1.2)
 
 
