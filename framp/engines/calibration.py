@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -94,17 +94,15 @@ def _measure(
         for task in tasks(SMALLEST):
             train_locally(model, *task)
 
+    def together(stack: StackedNetworks, size: int) -> None:
+        stack.train(tasks(size))
+
     found = {1: _seconds(one_by_one, model.flat.device) / (SMALLEST * STEPS)}
     with suppress(torch.OutOfMemoryError):
         for size in sizes:
             stack = StackedNetworks(model, size, compiled=config.engine.compile)
-            together = partial(_train_together, stack, partial(tasks, size))
-            found[size] = _seconds(together, model.flat.device) / (size * STEPS)
+            found[size] = _seconds(partial(together, stack, size), model.flat.device) / (size * STEPS)
     return found
-
-
-def _train_together(stack: StackedNetworks, tasks: Callable[[], Sequence[LocalTask]]) -> None:
-    stack.train(tasks())
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

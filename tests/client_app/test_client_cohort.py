@@ -29,20 +29,6 @@ CASES: dict[str, tuple[dict[str, Scalar], int]] = {
 }
 
 
-def exchanges(config: FrampConfig, payload: bytes) -> tuple[list[Message], list[Context]]:
-    """A train message for every client, and the context of its node."""
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-    messages, contexts = [], []
-    for number in range(CLIENTS):
-        instruction = ConfigRecord({"fingerprint": code_fingerprint(), "round": 1})
-        content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": payload})})
-        messages.append(Message(content, number, "train"))
-        messages[-1].metadata.__dict__["_message_id"] = str(number)
-        node: dict[str, Scalar] = {"partition-id": number, "num-partitions": CLIENTS}
-        contexts.append(Context(1, number, node, RecordDict(), config.to_flat()))
-    return messages, contexts
-
-
 class Trial:
     """A network, a submodel of it, and a message to train it for each client."""
 
@@ -54,7 +40,17 @@ class Trial:
         self._payload = encode_submodel(theta[self._mask], self._mask, None, self._network.layout, "float32").blob
 
     def exchanges(self) -> tuple[list[Message], list[Context]]:
-        return exchanges(self._config, self._payload)
+        """A train message for every client, and the context of its node."""
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+        messages, contexts = [], []
+        for number in range(CLIENTS):
+            instruction = ConfigRecord({"fingerprint": code_fingerprint(), "round": 1})
+            content = RecordDict({"config": instruction, "framp": ConfigRecord({"payload": self._payload})})
+            messages.append(Message(content, number, "train"))
+            messages[-1].metadata.__dict__["_message_id"] = str(number)
+            node: dict[str, Scalar] = {"partition-id": number, "num-partitions": CLIENTS}
+            contexts.append(Context(1, number, node, RecordDict(), self._config.to_flat()))
+        return messages, contexts
 
     def update(self, reply: Message) -> Update:
         layout, features = self._network.layout, self._network.model.feature_size
