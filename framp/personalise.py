@@ -214,8 +214,10 @@ def _result(model: PersonalModel, held: ClientData, counts: Mapping[str, Any]) -
     total = counts["local-total"]
     plain, accuracy = counts["local-prior-correct"]
     tuned = counts.get("local-correct-tuned")
-    shares = (count / total if total and count is not None else None for count in (plain, accuracy, tuned))
-    return Personalised(model, held.name, len(held.train), total, *shares, held.notes)
+    plain, accuracy, tuned = (
+        count / total if total and count is not None else None for count in (plain, accuracy, tuned)
+    )
+    return Personalised(model, held.name, len(held.train), total, plain, accuracy, tuned, held.notes)
 
 
 def _percent(share: float | None) -> str:

@@ -1,5 +1,6 @@
 """One image file as pixels: which formats are read, how large an image may be, and what becomes of transparency."""
 
+import os
 import warnings
 from collections import Counter
 from functools import lru_cache
@@ -20,8 +21,8 @@ LARGEST_PIXELS = 2**26
 PAPER = (255, 255, 255, 255)
 """What shows through where an image is transparent: white."""
 
-FRAMES = "first of several frames"
-TRANSPARENT = "laid on white"
+FRAMES = "with several frames, of which the first"
+TRANSPARENT = "with transparent parts, laid on white"
 
 
 class Wanted(NamedTuple):
@@ -67,6 +68,8 @@ def read_image(
     seen = Counter() if seen is None else seen
     wanted = None if image_size else wanted
     try:
+        if not os.path.getsize(path):
+            raise OSError("it has 0 bytes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=_readers()) as image:

@@ -24,11 +24,11 @@ _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
 
 _HIDDEN = "hidden"
 _UNREAD = "of formats that are not read"
-_NOWHERE = "links to nothing"
+_NOWHERE = "linking to nothing"
 _SPECIAL = "neither file nor folder"
-_UPWARDS = "links to a folder around them"
-_AGAIN = "met before through another link"
-_LOOSE = "images outside of class folders"
+_UPWARDS = "linking to a folder around"
+_AGAIN = "there already by another name"
+_LOOSE = "outside of the class folders"
 _BESIDE = "in folders beside the split"
 
 
@@ -323,13 +323,13 @@ def _count_files(folder: str) -> int:
 
 
 def _counted(left_out: Counter[tuple[str, str]]) -> str:
-    """Such as ``9 files: 6 hidden (.ipynb_checkpoints 6), 3 of formats that are not read (.heic 2, .svg 1)``."""
+    """Such as ``9 in all: 6 hidden (.ipynb_checkpoints 6), 3 of formats that are not read (.heic 2, .svg 1)``."""
     reasons: dict[str, Counter[str]] = {}
     for (reason, detail), count in left_out.items():
         reasons.setdefault(reason, Counter())[detail] += count
     totals = Counter({reason: details.total() for reason, details in reasons.items() if details.total()})
     parts = [f"{count:,} {reason}{_details(reasons[reason])}" for reason, count in _by_count(totals)]
-    return f"{totals.total():,}: {', '.join(parts)}" if parts else ""
+    return f"{totals.total():,} in all: {', '.join(parts)}" if parts else ""
 
 
 def _details(counts: Counter[str]) -> str:
