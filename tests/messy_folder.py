@@ -11,7 +11,8 @@ SIDE = 8
 LEFT_OUT = (
     "35 in all: 20 hidden (.ipynb_checkpoints 8, __MACOSX 3, .DS_Store 2, .thumbnails 2, others 5), "
     "6 of formats that are not read (.heic 3, .md 1, .txt 1, no ending 1), "
-    "3 neither file nor folder (device 1, pipe 1, socket 1), 2 linking to a folder around, 2 linking to nothing, 1 outside of the class folders, "
+    "3 neither file nor folder (device 1, pipe 1, socket 1), "
+    "2 linking to a folder around, 2 linking to nothing, 1 outside of the class folders, "
     "1 there already by another name"
 )
 """What ``build`` makes that is not data, in the words of ``framp data inspect``."""
