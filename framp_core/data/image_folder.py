@@ -202,7 +202,7 @@ class _Reader:
     def _walk(self, folder: _Entry) -> list[_Entry]:
         """The images in a class folder at every depth; no folder is entered twice, nor one that lies around it."""
         around = {self.root.identity, *_around(self.root.path), *_around(folder.path)}
-        found: list[_Entry] = []
+        found: list[tuple[str, list[_Entry]]] = []
         seen: set[tuple[int, int]] = set()
         waiting = [folder]
         while waiting:
@@ -215,9 +215,9 @@ class _Reader:
             if here is folder and look.folders and not look.images:
                 _refuse_folders_only(here, look)
             self._left_out += look.left_out
-            found += look.images
+            found.append((here.path, look.images))
             waiting += reversed(look.folders)
-        return sorted(found, key=lambda image: (os.path.dirname(image.path), image.name))
+        return [image for _, images in sorted(found) for image in images]
 
     def _claim(self, image: _Entry, split: str, label: str) -> bool:
         """Whether a file is met for the first time; one that was met elsewhere counts as shared."""

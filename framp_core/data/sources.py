@@ -175,7 +175,8 @@ def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
         raise DataError(f"{error.filename!r} cannot be read ({error.strerror}); repair or remove it") from error
     build = partial(_decode, listings=listings, classes=classes, image_size=config.image_size)
     folder = cached(config.cache, {**identity, "files": stamps, "reader": READER_VERSION}, build)
-    return replace(_open(folder), notes={**notes, **json.loads((folder / _NOTES).read_text(encoding="utf-8"))})
+    images = _open(folder)
+    return replace(images, notes={**notes, **images.notes})
 
 
 class ClientImages(NamedTuple):
@@ -309,10 +310,16 @@ def _stratified(
 
 def _save_arrays(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarray, image_size: int) -> None:
     """Save decoded images ``(N, C, H, W)`` and labels, resized where asked."""
+    shape = (*pixels.shape[:2], image_size, image_size) if image_size else pixels.shape
+    _require_room(folder, shape)
+    saved = open_memmap(folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
     if image_size:
-        layouts = (image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in pixels)
-        pixels = np.stack([channels_first(resized(Image.fromarray(layout), image_size)) for layout in layouts])
-    np.save(folder / f"{split}_images.npy", np.ascontiguousarray(pixels))
+        for index, image in enumerate(pixels):
+            layout = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            saved[index] = channels_first(resized(Image.fromarray(layout), image_size))
+    else:
+        saved[:] = pixels
+    saved.flush()
     np.save(folder / f"{split}_labels.npy", labels.astype(np.int64))
 
 
@@ -331,8 +338,9 @@ def _open(folder: Path) -> ImageData:
             for kind in ("images", "labels")
         )
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        notes = json.loads((folder / _NOTES).read_text(encoding="utf-8")) if (folder / _NOTES).is_file() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
     normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
     names = tuple(facts["class_names"])
-    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser)
+    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser, notes)

@@ -1,5 +1,6 @@
 """Folders as people have them: what is read, what is left out and counted, and what is refused by name."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,14 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from typer.testing import CliRunner
 
-from framp_core.config import DataConfig
-from framp_core.data import image_file, sources
+from framp import cli
+from framp_core.config import DataConfig, FrampConfig
+from framp_core.data import image_file, sources, warn_of_notes
 from framp_core.data.image_file import read_image
 from framp_core.data.image_folder import SPLITS, read_client_folder, read_image_folder
 from framp_core.data.sources import ImageData, load_images, load_own_images
-from framp_core.errors import DataError
+from framp_core.errors import ConfigError, DataError
 from tests import messy_folder
+from tests.conftest import TINY
 from tests.messy_folder import SIDE, write
 
 
@@ -72,21 +76,23 @@ def test_the_pixels_of_a_messy_folder_are_the_right_ones(tmp_path: Path) -> None
     assert (logo[:, SIDE // 2 :] == 255).all()
 
 
-def test_the_run_and_its_report_say_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from framp_core.config import FrampConfig
-    from framp_core.data import DataFacts, load_partition, warn_of_notes
-    from server_app.recording import manifest
+def test_a_run_says_it_once_at_the_start_and_its_report_again(tmp_path: Path) -> None:
+    root, folder = messy_folder.build(tmp_path / "D"), tmp_path / "run"
+    own = {"data.name": "image-folder", "data.root": str(root), "data.cache": str(tmp_path / "cache"), "rounds": 1}
+    flat = {**TINY, **own, "partition.clients": 2, "partition.unseen-clients": 0, "server.clients-per-round": 2}
+    options = [part for key, value in flat.items() for part in ("-o", f"{key}={value}")]
+    done = CliRunner().invoke(cli.app, ["run", "--out", str(folder), *options], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert said.count(f"left out: {messy_folder.LEFT_OUT}; split: 'Validation' is the test data") == 1
+    assert said.index("left out") < said.index("round 1/1")
+    assert json.loads((folder / "manifest.json").read_text())["notes"]["left out"] == messy_folder.LEFT_OUT
+    assert f'Data, left out</td><td class="label">{messy_folder.LEFT_OUT}</td>' in (folder / "report.html").read_text()
 
-    root = messy_folder.build(tmp_path / "D")
-    flat = {"data.name": "image-folder", "data.root": str(root), "data.cache": str(tmp_path / "cache")}
-    config = FrampConfig.from_flat({**flat, "partition.clients": 2, "partition.unseen-clients": 0})
-    data, partition = load_partition(config, 2)
-    content = manifest(config, 2, partition.digest)
-    assert content["notes"]["left out"] == messy_folder.LEFT_OUT
-    assert content["data"] == DataFacts.of(data).to_dict()
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "flwr.framp.data"]
-    assert messy_folder.LEFT_OUT in line
-    assert warn_of_notes(load_images(DataConfig(cache=str(tmp_path / "cache")), 0)) == {}  # Digits leave nothing out.
+
+def test_nothing_is_said_of_a_folder_without_a_fault(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert warn_of_notes(load(plain)) == {}
+    assert caplog.records == []
 
 
 # --- hidden -----------------------------------------------------------------------------------------------------------
@@ -526,6 +532,19 @@ def test_decoded_images_that_fit_nowhere_are_refused_before_they_are_decoded(
             continue
         with pytest.raises(DataError, match=r"24 images of 8x8 pixels take 4,608 bytes decoded, and 4,607 are free"):
             load(plain)
+
+
+def test_no_image_is_asked_to_be_larger_than_what_is_read() -> None:
+    assert FrampConfig.from_flat({"data.image-size": 8192}).data.image_size ** 2 == image_file.LARGEST_PIXELS
+    with pytest.raises(ConfigError, match=r"data\.image-size.*8192"):
+        FrampConfig.from_flat({"data.image-size": 8193})
+
+
+def test_digits_that_would_fill_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**6))
+    with pytest.raises(DataError, match=r"images of 8192x8192 pixels take 96,\d{3},\d{3},\d{3} bytes decoded"):
+        load_images(DataConfig(cache=str(tmp_path), image_size=8192), seed=0)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
