@@ -17,7 +17,7 @@ FORMATS = (
 )
 """Pillow's names of the formats of still images; its others run programs, or are documents, films and icons."""
 LARGEST_PIXELS = 2**26
-"""Pixels of the largest image that is decoded (67 million; 268 MB, and three times as much while it is laid on white)."""
+"""Pixels of the largest image that is decoded: 268 MB, and three times as much while it is laid on white."""
 PAPER = (255, 255, 255, 255)
 """What shows through where an image is transparent: white."""
 
