@@ -147,7 +147,8 @@ class DeviceCheck:
         data = self._client.data
         classes = int((data.class_counts() > 0).sum())
         sizes = f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test examples"
-        return f"{sizes}; {classes} of {data.classes} classes; partition {data.partition_digest[:12]}"
+        notes = "".join(f"; {about}: {said}" for about, said in data.notes.items())
+        return f"{sizes}; {classes} of {data.classes} classes; partition {data.partition_digest[:12]}{notes}"
 
     def memory(self) -> str:
         """Let the client describe its data, train and evaluate once in a process of its own, and look at its peak.

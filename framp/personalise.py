@@ -37,6 +37,7 @@ class Personalised:
         plain: accuracy without a class prior.
         accuracy: with the class prior of ``evaluation.local-prior-strength``: Local or Unseen in a run's table.
         tuned: the same after fine-tuning, None without.
+        notes: what was left out of the client's folder, or read otherwise than may be expected.
     """
 
     model: PersonalModel
@@ -46,6 +47,7 @@ class Personalised:
     plain: float | None
     accuracy: float | None
     tuned: float | None
+    notes: Mapping[str, str]
 
     def rows(self) -> dict[str, str]:
         """What to show, by heading."""
@@ -65,7 +67,7 @@ class Personalised:
         }
         if origin["fine_tuning_steps"]:
             rows[f"after {origin['fine_tuning_steps']} local steps, same prior"] = _percent(self.tuned)
-        return rows
+        return {**rows, **self.notes}
 
 
 def personalise(
@@ -212,8 +214,10 @@ def _result(model: PersonalModel, held: ClientData, counts: Mapping[str, Any]) -
     total = counts["local-total"]
     plain, accuracy = counts["local-prior-correct"]
     tuned = counts.get("local-correct-tuned")
-    shares = (count / total if total and count is not None else None for count in (plain, accuracy, tuned))
-    return Personalised(model, held.name, len(held.train), total, *shares)
+    plain, accuracy, tuned = (
+        count / total if total and count is not None else None for count in (plain, accuracy, tuned)
+    )
+    return Personalised(model, held.name, len(held.train), total, plain, accuracy, tuned, held.notes)
 
 
 def _percent(share: float | None) -> str:

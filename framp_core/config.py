@@ -89,7 +89,9 @@ class DataConfig(_Section):
     root: str = Field(
         "", description="absolute folder of the data set, or for graph-file the file; unused for the digits"
     )
-    image_size: int = Field(0, ge=0, description="images are resized to this side; 0 keeps their own size")
+    image_size: int = Field(
+        0, ge=0, le=8192, description="images are resized to this side, in pixels; 0 keeps their own size"
+    )
     normalisation: Literal["measured", "published"] = Field(
         "measured", description="mean and deviation of the training pixels, or the constants of CIFAR recipes"
     )

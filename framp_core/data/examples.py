@@ -1,8 +1,8 @@
 """Labelled examples as local training and evaluation see them, and all that one client holds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, Self
 
@@ -109,6 +109,8 @@ class ClientData:
             owner has it: an image with the owner's feature shift and label, a node in the owner's subgraph.
         known: what the client may look at without labels: its training images, or all nodes of its subgraph.
         partition_digest: identifies the whole partition; equal on all clients and on the server.
+        notes: what was left out of the folder that was read, or read otherwise than may be expected, by what it is
+            about.
     """
 
     name: str
@@ -122,6 +124,7 @@ class ClientData:
     union_test: Examples
     known: Examples
     partition_digest: str
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def class_counts(self) -> np.ndarray:
         """Number of training examples per class, int64 ``(C,)``; zero for a class that the client lacks.

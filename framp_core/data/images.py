@@ -281,6 +281,7 @@ def image_client(config: FrampConfig, partition_id: int, partitions: int) -> Cli
         union_test=union,
         known=own,
         partition_digest=digest,
+        notes=images.notes,
     )
 
 
@@ -298,17 +299,15 @@ def own_client(config: FrampConfig, facts: DataFacts, root: Path, capacity: Frac
     Raises:
         DataError: the images cannot be read, or are not like those of the run.
     """
-    if not (root / "train").is_dir():
-        raise DataError(f"{str(root)!r} has no folder 'train'; put the client's images into train/CLASS/")
     assert facts.normaliser is not None
+    own = load_own_images(root, facts.shape, facts.class_names, config.data.image_size)
     selections = {}
-    for split in ("train", "test"):
-        images, labels = load_own_images(root / split, facts.shape, facts.class_names, config.data.image_size)
+    for split, (images, labels) in (("train", own.train), ("test", own.test)):
         order = _reading_order(config, OWN_CLIENT, split, np.arange(len(labels)))
         selections[split] = LabelledImages(images, labels, order, facts.normaliser)
     train, test = selections["train"], selections["test"]
     if not len(train):
-        raise DataError(f"{str(root / 'train')!r} holds no image; a descriptor needs at least one")
+        raise DataError(f"the train folder in {str(root)!r} holds no image; a descriptor needs at least one")
     nothing = replace(train, indices=np.zeros(0, dtype=np.int64))
     return ClientData(
         name=OWN_CLIENT,
@@ -322,4 +321,5 @@ def own_client(config: FrampConfig, facts: DataFacts, root: Path, capacity: Frac
         union_test=nothing,
         known=train,
         partition_digest=digest,
+        notes=own.notes,
     )

@@ -102,6 +102,7 @@ def _image_facts(images: ImageData) -> dict[str, str]:
         "test images": _per_class(images.test_labels, images.classes),
         "channel mean": ", ".join(f"{value:.4f}" for value in images.normaliser.mean),
         "channel std": ", ".join(f"{value:.4f}" for value in images.normaliser.std),
+        **images.notes,
     }
 
 

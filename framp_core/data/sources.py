@@ -1,18 +1,23 @@
 """Image data sets as memory-mapped uint8 arrays: digits, CIFAR, or a folder of the user's own images."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from PIL import Image, ImageOps
+from PIL import Image
 
 from framp_core.config import DataConfig
 from framp_core.data.cache import cached, file_stamps
+from framp_core.data.image_file import FRAMES, TRANSPARENT, Wanted, channels_first, read_image, resized
+from framp_core.data.image_folder import Listing, read_client_folder, read_image_folder, several
 from framp_core.data.transforms import PUBLISHED, Normaliser
 from framp_core.errors import DataError
 from framp_core.randomness import stream
@@ -21,7 +26,10 @@ TEST_SHARE = 0.2
 """Share of each class that becomes test data where a source has no test split of its own."""
 
 OWN_IMAGES = "own-images"
+READER_VERSION = 2
+"""Of how a file of a folder becomes pixels; part of what names the cached ones. 2: transparency on white."""
 _SPLITS = ("train", "test")
+_NOTES = "notes.json"
 
 # scikit-learn and torchvision take longer to import than torch, and a device starts a process for every message: they
 # are imported where they are used, which is never for digits that are decoded already.
@@ -38,6 +46,7 @@ class ImageData:
         test_labels: int64 ``(M,)``.
         class_names: name of each label.
         normaliser: measured on the train pool, or the published one.
+        notes: what was left out of a folder of images, or read otherwise than may be expected, by what it is about.
     """
 
     train_images: np.ndarray
@@ -46,6 +55,7 @@ class ImageData:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
     normaliser: Normaliser
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,8 +76,9 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
     - ``cifar10``, ``cifar100``: the python version in ``config.root``, with its own split.
     - ``own-images``: an ``image-folder`` with the images of one client; folders of classes that it lacks are empty.
     - ``image-folder``: ``root/train/<class>/*`` and ``root/test/<class>/*``, or ``root/<class>/*``, of which a fifth
-      of each class becomes test data. Images are RGB unless every one is grey. With ``config.image_size`` an image
-      is scaled and cut at the centre to a square of that side, keeping its proportions.
+      of each class becomes test data; see :mod:`framp_core.data.image_folder` for what is left out and refused. Images
+      are RGB unless every one is grey; transparent parts are laid on white. With ``config.image_size`` an image is
+      scaled and cut at the centre to a square of that side, keeping its proportions.
 
     Args:
         config: which images, from where.
@@ -148,150 +159,128 @@ def _cifar(config: DataConfig, root: Path) -> ImageData:
 
 
 def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
-    own_split = [name for name in _SPLITS if (root / name).is_dir()]
-    if len(own_split) == 1:
-        raise DataError(
-            f"{str(root)!r} has a folder {own_split[0]!r} alone; lay out train/<class>/ and test/<class>/, or <class>/"
-        )
-    identity: dict[str, Any] = {"name": config.name, "root": str(root), "image-size": config.image_size}
     lacking = config.name == OWN_IMAGES
-    if own_split:
-        classes, *listings = _listed_splits(root, lacking)
-    else:
-        classes, listing = _listed(root, lacking)
-        parts = _stratified(np.array([label for _, label in listing]), classes, seed, lacking)
-        listings = [[listing[index] for index in part] for part in parts]
+    identity: dict[str, Any] = {"name": config.name, "root": str(root), "image-size": config.image_size}
+    classes, train, test, notes = read_image_folder(root, lacking)
+    listings = [train]
+    if test is None:
+        parts = _stratified(np.array([label for _, label in train]), classes, seed, lacking)
+        listings = [[train[index] for index in part] for part in parts]
         identity["seed"] = seed
+    else:
+        listings.append(test)
     try:
         stamps = [file_stamps(root, (Path(path) for path, _ in listing)) for listing in listings]
     except OSError as error:
         raise DataError(f"{error.filename!r} cannot be read ({error.strerror}); repair or remove it") from error
     build = partial(_decode, listings=listings, classes=classes, image_size=config.image_size)
-    return _open(cached(config.cache, {**identity, "files": stamps}, build))
+    folder = cached(config.cache, {**identity, "files": stamps, "reader": READER_VERSION}, build)
+    images = _open(folder)
+    return replace(images, notes={**notes, **images.notes})
 
 
-def _listed(folder: Path, lacking: bool) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names of a folder of class folders, and (path, label) of every image in it; some may be ``lacking``."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+class ClientImages(NamedTuple):
+    """Images of one client: uint8 ``(N, C, H, W)`` and int64 ``(N,)`` of each split, and what to know of the folder."""
 
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
-        raise DataError(
-            f"{str(folder)!r} has {len(classes)} class folders; expected two or more, each with the images of one class"
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = set(labels.values()) - {label for _, label in files}
-    if not files or (empty and not lacking):
-        raise DataError(
-            f"{str(folder)!r} has no image of class {', '.join(repr(classes[label]) for label in sorted(empty))}; "
-            f"add images ({', '.join(IMG_EXTENSIONS)}) or remove the folder"
-        )
-    return classes, files
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    notes: Mapping[str, str]
 
 
-def load_own_images(
-    folder: Path, shape: tuple[int, ...], class_names: Sequence[str], image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read ``folder/<class>/*`` as images of a data set that is known from elsewhere; a class may be missing.
+def load_own_images(root: Path, shape: tuple[int, ...], class_names: Sequence[str], image_size: int) -> ClientImages:
+    """Read a folder of images that belong to a data set which is known from elsewhere; a class may be missing.
 
     Args:
-        folder: a folder that is missing holds no image.
+        root: as for :func:`framp_core.data.image_folder.read_client_folder`; it is held to the same rules as the folder
+            of a run.
         shape: (channels, height, width) that the images shall have.
         class_names: name of each label; a folder must have the name of its class.
         image_size: images are scaled and cut at the centre to a square of that side; 0: they must have their size.
 
     Returns:
-        uint8 ``(N, C, H, W)`` and int64 ``(N,)``, class after class, the images of a class by file name.
+        Images class after class, those of a class by file name.
 
     Raises:
-        DataError: a class folder of another name, or an image that cannot be read or is of another size or colour.
+        DataError: no train folder, a class folder of another name, a file in two places, or an image that cannot be
+            read or is of another size or colour.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    labels = {name: label for label, name in enumerate(class_names)}
-    found = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."] if folder.is_dir() else []
-    unknown = sorted(set(found) - set(labels))
-    if unknown:
-        raise DataError(
-            f"{str(folder)!r} has a folder {unknown[0]!r}, and the run knows no such class; its classes are "
-            f"{', '.join(map(repr, class_names[:20]))}{' and so on' if len(class_names) > 20 else ''}"
-        )
-    held = {name: labels[name] for name in sorted(found, key=lambda name: labels[name])}
-    files = make_dataset(folder, held, extensions=IMG_EXTENSIONS, allow_empty=True) if held else []
-    files.sort(key=lambda file: (file[1], file[0]))
-    pixels = np.zeros((len(files), *shape), dtype=np.uint8)
-    for place, (path, _) in enumerate(files):
-        pixels[place] = _like(path, shape, image_size)
-    return pixels, np.array([label for _, label in files], dtype=np.int64)
+    folder = read_client_folder(root, class_names)
+    seen: Counter[str] = Counter()
+    pools = [_client_pool(listing, shape, image_size, seen) for listing in (folder.train, folder.test or [])]
+    return ClientImages(pools[0], pools[1], {**folder.notes, **_decoding_notes(seen)})
 
 
-def _like(path: str, shape: tuple[int, ...], image_size: int) -> np.ndarray:
-    """The pixels ``(C, H, W)`` of an image that must fit a data set of this shape."""
-    image = _read(path)
-    if shape[0] == 1 and image.mode not in ("L", "1"):
-        raise DataError(f"{path!r} is in colour (mode {image.mode}) and the run's images are grey; convert it to grey")
-    image = _resized(image.convert("L" if shape[0] == 1 else "RGB"), image_size)
-    if (image.height, image.width) != shape[1:]:
-        raise DataError(
-            f"{path!r} is {image.width}x{image.height} pixels and the run's images are {shape[2]}x{shape[1]}; "
-            f"scale it to that"
-        )
-    return _channels_first(image)
+def _client_pool(
+    listing: Listing, shape: tuple[int, ...], image_size: int, seen: Counter[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    wanted = Wanted((shape[2], shape[1]), f"pixels and the run's images are {shape[2]}x{shape[1]}; scale it to that")
+
+    def read(path: str) -> Image.Image:
+        image = read_image(path, image_size, wanted, seen)
+        if shape[0] == 1 and image.mode != "L":
+            raise DataError(f"{path!r} is in colour and the run's images are grey; convert it to grey")
+        return image
+
+    pixels = np.zeros((len(listing), *shape), dtype=np.uint8)
+    for index, image in _readable(listing, read):
+        pixels[index] = channels_first(image)
+    return pixels, np.array([label for _, label in listing], dtype=np.int64)
 
 
-def _listed_splits(root: Path, lacking: bool) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
-    (classes, train), (test_classes, test) = _listed(root / "train", lacking), _listed(root / "test", lacking)
-    for here, there, only in (
-        ("train", "test", set(classes) - set(test_classes)),
-        ("test", "train", set(test_classes) - set(classes)),
-    ):
-        if only:
-            raise DataError(
-                f"class {', '.join(map(repr, sorted(only)))} is in {here!r} and not in {there!r} of "
-                f"{str(root)!r}; both splits must hold every class"
-            )
-    return classes, train, test
+def _readable(listing: Listing, read: Callable[[str], Image.Image]) -> Iterator[tuple[int, Image.Image]]:
+    """Position and content of each image; those that cannot be used are named together, after the last one."""
+    refused = []
+    for index, (path, _) in enumerate(listing):
+        try:
+            image = read(path)
+        except DataError as error:
+            refused.append(str(error))
+            continue
+        yield index, image
+    if refused:
+        count = f"{len(refused):,} of {len(listing):,} images cannot be used: " if len(refused) > 1 else ""
+        raise DataError(f"{count}{several(refused)}")
 
 
-def _decode(
-    folder: Path, listings: Sequence[Sequence[tuple[str, int]]], classes: Sequence[str], image_size: int
-) -> None:
-    first = listings[0][0][0]
-    size = _resized(_read(first), image_size).size
+def _decode(folder: Path, listings: Sequence[Listing], classes: Sequence[str], image_size: int) -> None:
+    position, first = next(_readable(listings[0], partial(read_image, image_size=image_size)))
+    said = (
+        f"and {listings[0][position][0]!r} is {first.width}x{first.height} pixels; set data.image-size to the side "
+        f"that all shall have"
+    )
+    seen: Counter[str] = Counter()
+    read = partial(read_image, image_size=image_size, wanted=Wanted(first.size, said), seen=seen)
+    _require_room(folder, (sum(map(len, listings)), 3, first.height, first.width))
     all_grey = True
     for split, listing in zip(_SPLITS, listings, strict=True):
-        pixels = open_memmap(
-            folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(listing), 3, size[1], size[0])
-        )
-        for index, (path, _) in enumerate(listing):
-            image = _read(path)
-            all_grey = all_grey and image.mode in ("L", "1")
-            image = _resized(image.convert("RGB"), image_size)
-            if image.size != size:
-                raise DataError(
-                    f"{path!r} is {image.width}x{image.height} and {first!r} is {size[0]}x{size[1]} pixels; "
-                    f"set data.image-size to the side that all shall have"
-                )
-            pixels[index] = _channels_first(image)
+        shape = (len(listing), 3, first.height, first.width)
+        pixels = open_memmap(folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        for index, image in _readable(listing, read):
+            all_grey = all_grey and image.mode == "L"
+            pixels[index] = channels_first(image)
         pixels.flush()
         np.save(folder / f"{split}_labels.npy", np.array([label for _, label in listing], dtype=np.int64))
     if all_grey:
         for split in _SPLITS:
             file = folder / f"{split}_images.npy"
-            np.save(file, np.ascontiguousarray(np.load(file)[:, :1]))
+            np.save(file, np.ascontiguousarray(np.load(file, mmap_mode="r")[:, :1]))
     _save_facts(folder, classes)
+    (folder / _NOTES).write_text(json.dumps(_decoding_notes(seen)), encoding="utf-8")
 
 
-def _read(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # A decoder may raise almost anything on damaged bytes.
-        raise DataError(f"{path!r} cannot be read as an image ({error}); repair or remove it") from error
-    if upright.mode.startswith(("I", "F")):
-        raise DataError(f"{path!r} has more than 8 bits per channel (mode {upright.mode}); convert it to 8 bits")
-    return upright
+def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
+    """A full disk would end the process by a signal in the middle of a write to the memory map."""
+    needed, free = math.prod(shape), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{shape[0]:,} images of {shape[3]}x{shape[2]} pixels take {needed:,} bytes decoded, and {free:,} are free "
+            f"in the cache {str(folder.parent)!r}; set a smaller data.image-size, or data.cache to a folder with room"
+        )
+
+
+def _decoding_notes(seen: Counter[str]) -> dict[str, str]:
+    done = [f"{seen[what]:,} {what}" for what in (TRANSPARENT, FRAMES) if seen[what]]
+    return {"read as": "; ".join(done)} if done else {}
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
@@ -319,22 +308,18 @@ def _stratified(
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def _resized(image: Image.Image, image_size: int) -> Image.Image:
-    return ImageOps.fit(image, (image_size, image_size)) if image_size else image
-
-
-def _channels_first(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
 def _save_arrays(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarray, image_size: int) -> None:
     """Save decoded images ``(N, C, H, W)`` and labels, resized where asked."""
+    shape = (*pixels.shape[:2], image_size, image_size) if image_size else pixels.shape
+    _require_room(folder, shape)
+    saved = open_memmap(folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
     if image_size:
-        layouts = (image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in pixels)
-        resized = (_channels_first(_resized(Image.fromarray(layout), image_size)) for layout in layouts)
-        pixels = np.stack(list(resized))
-    np.save(folder / f"{split}_images.npy", np.ascontiguousarray(pixels))
+        for index, image in enumerate(pixels):
+            layout = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            saved[index] = channels_first(resized(Image.fromarray(layout), image_size))
+    else:
+        saved[:] = pixels
+    saved.flush()
     np.save(folder / f"{split}_labels.npy", labels.astype(np.int64))
 
 
@@ -353,8 +338,9 @@ def _open(folder: Path) -> ImageData:
             for kind in ("images", "labels")
         )
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        notes = json.loads((folder / _NOTES).read_text(encoding="utf-8")) if (folder / _NOTES).is_file() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
     normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
     names = tuple(facts["class_names"])
-    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser)
+    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser, notes)

@@ -20,6 +20,7 @@ from framp.cli import app
 from framp.node import Device, DeviceCheck, Finding, compose_variables
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError
+from tests import messy_folder
 from tests.deployment.federation import DOCKER
 
 
@@ -132,6 +133,13 @@ def test_each_fault_is_found_and_only_that_one(
         assert reason in found.pop(name)
         # Without the server its clock is unknown.
         assert found.keys() == ({"clock"} if name == "server" else set())
+
+
+def test_what_is_left_out_of_a_devices_folder_is_said(tiny: Callable[..., FrampConfig], device: Device) -> None:
+    config = tiny({"data.name": "own-images", "partition.scheme": "balanced-dirichlet"})
+    found = DeviceCheck(config, replace(device, data=messy_folder.build(device.data / "D"))).data()
+    assert found.startswith("22 training, 2 validation, 8 test examples; 2 of 2 classes")
+    assert f"; left out: {messy_folder.LEFT_OUT}; split: 'Validation' is the test data" in found
 
 
 @pytest.mark.usefixtures("without_memory")

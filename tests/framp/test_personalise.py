@@ -144,6 +144,18 @@ def test_no_test_images_are_no_error(finished: RunFolder, tmp_path: Path) -> Non
     assert "none" in found.rows()["test examples"]
 
 
+def test_what_is_left_out_of_the_clients_folder_is_said(finished: RunFolder, tmp_path: Path) -> None:
+    folder = save_images(finished, UNSEEN, tmp_path)
+    plain = personalise(finished.path, folder, capacity=Fraction(1, 4))
+    shutil.copytree(folder / "train", folder / "train" / ".ipynb_checkpoints")
+    messy = personalise(finished.path, folder, capacity=Fraction(1, 4))
+    count = plain.train_examples
+    assert messy.rows() == {
+        **plain.rows(),
+        "left out": f"{count} in all: {count} hidden (.ipynb_checkpoints {count})",
+    }
+
+
 def test_any_capacity_can_be_asked_for(finished: RunFolder) -> None:
     for text in ("1/64", "1/3"):
         model = personalise(finished.path, client=UNSEEN, capacity=Fraction(text)).model
