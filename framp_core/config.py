@@ -392,7 +392,7 @@ class DefenceConfig(_Section):
         description="a delta longer than so many times the freshly initialised network is refused; 0: none is",
     )
     largest_prototype: float = Field(
-        100.0,
+        20.0,
         ge=0,
         description="features in prototypes, root mean square, above so many times the larger of the median client's "
         "and 1 are refused; 0: none are",

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
-from framp_core.data import DataFacts, load_partition
+from framp_core.data import DataFacts, ImageData, Partition, load_partition
 from framp_core.defence import Verdict
 from framp_core.errors import DataError, ProtocolError
 from framp_core.fields import read_count, read_field, shown
@@ -17,9 +17,12 @@ from server_app.registry import MAX_EXAMPLES, ClientRecord
 from server_app.replies import Refusal
 
 if TYPE_CHECKING:
+    from framp_core.data.graph import GraphData
     from server_app.strategies.base import ClientUpdate
 
 Row = dict[str, Any]
+Known: TypeAlias = "tuple[ImageData | GraphData, Partition] | None"
+"""The data of a run and their partition, if they are at hand."""
 MOMENTS: dict[Moment, str] = {"before": "", "after": "-tuned"}
 LARGEST_LOSS = float(np.finfo(np.float32).max)
 """Of a mean that clients compute in float32."""
@@ -164,22 +167,42 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
     return found
 
 
-def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
-    """The partition's manifest, made again on the server, and ``data``, what a model must be told of the data.
+def known_partition(config: FrampConfig, nodes: int, digest: str) -> Known:
+    """The data and the partition, made again on the server; None where it cannot read the data.
 
-    The digest alone where the server cannot read the data.
+    Raises:
+        DataError: the clients work on another partition.
     """
     try:
         data, partition = load_partition(config, nodes)
     except DataError as error:
         logger.warning("the server cannot read the data, so manifest.json holds the clients' digest alone: %s", error)
-        return {"digest": digest}
+        return None
     if partition.digest != digest:
         raise DataError(
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
             f"data.root must hold the same data everywhere"
         )
+    return data, partition
+
+
+def manifest(known: Known, digest: str) -> dict[str, Any]:
+    """The partition's manifest, and ``data``, what a model must be told of the data; the digest alone if unknown."""
+    if known is None:
+        return {"digest": digest}
+    data, partition = known
     return {**partition.manifest(), "data": DataFacts.of(data).to_dict()}
+
+
+def largest_counts(partition: Partition) -> dict[str, int]:
+    """The most examples that a client of the partition has, by what it registers."""
+    clients = partition.clients
+    return {
+        "train": max(len(client.train) for client in clients),
+        "local": max(len(client.test) for client in clients),
+        "validation": max(len(client.validation) for client in clients),
+        "union": sum(len(client.test) for client in clients if client.role == "train"),
+    }
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

@@ -4,7 +4,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -158,6 +159,7 @@ class ClientRegistry:
         self._refused: dict[int, Refusal] = {}
         self._news: list[Refusal] = []
         self._resized: set[str] = set()
+        self._largest: dict[str, int] = {}
         self.clients: dict[str, ClientRecord] = {}
 
     @property
@@ -248,15 +250,26 @@ class ClientRegistry:
             time.sleep(POLL_SECONDS)
             self.poll(grid)
         self._agree()
-        if not self.online():
-            first = next(iter(self._refused.values()), None)
-            reason = (first.traceback or first.error) if first else "no node connected"
-            raise EngineError(
-                f"no client took part within {self._config.server.discovery_deadline:g} s "
-                f"(server.discovery-deadline). First reason: {reason}"
-            )
+        self._require_one()
         if len(self.online()) < self.expected:
             logger.warning("%d of %d clients answered; the run goes on", len(self.online()), self.expected)
+
+    def limit(self, largest: Mapping[str, int]) -> None:
+        """Refuse clients, known ones and those to come, that have more examples than any client of the partition.
+
+        How many a client has is its own claim, and the weight of what it sends.
+
+        Args:
+            largest: number of examples for ``train`` and for each population.
+
+        Raises:
+            EngineError: all known clients are refused.
+        """
+        self._largest = dict(largest)
+        for _, client in sorted(self.clients.items()):
+            with self._dropping(client):
+                self._check_counts(client)
+        self._require_one()
 
     def require(self, grid: Grid, count: int) -> None:
         """Look for new nodes, then wait until at least ``count`` clients that train are connected.
@@ -340,7 +353,36 @@ class ClientRegistry:
             self._news.append(refusal)
         self._refused[node] = refusal
 
+    def _require_one(self) -> None:
+        if self.online():
+            return
+        first = next(iter(self._refused.values()), None)
+        reason = (first.traceback or first.error) if first else "no node connected"
+        raise EngineError(
+            f"no client took part within {self._config.server.discovery_deadline:g} s "
+            f"(server.discovery-deadline). First reason: {reason}"
+        )
+
+    @contextmanager
+    def _dropping(self, client: ClientRecord) -> Iterator[None]:
+        """Forget a known client in which an error is found."""
+        try:
+            yield
+        except ProtocolError as error:
+            del self.clients[client.name]
+            self._described.discard(client.node_id)
+            self._refuse(Refusal.of(str(client.node_id), error))
+
+    def _check_counts(self, client: ClientRecord) -> None:
+        for name, count in {"train": client.train_examples, **client.tests}.items():
+            if count > self._largest.get(name, MAX_EXAMPLES):
+                raise ProtocolError(
+                    f"{client.name} registers with {count} {name} examples; no client of the partition has more than "
+                    f"{self._largest[name]}"
+                )
+
     def _check(self, new: ClientRecord) -> None:
+        self._check_counts(new)
         holder = self.clients.get(new.name)
         if holder is not None and holder.node_id != new.node_id and holder.node_id in self._online:
             raise ProtocolError(f"two connected nodes call themselves {new.name!r}; give each its own client-name")
@@ -353,8 +395,6 @@ class ClientRegistry:
             return
         self._task = tasks.most_common(1)[0][0]
         for name, client in sorted(self.clients.items()):
-            if client.task != self._task:
-                del self.clients[name]
-                self._described.discard(client.node_id)
-                error = ProtocolError(f"{name} has {client.task}; most have {self._task}")
-                self._refuse(Refusal.of(str(client.node_id), error))
+            with self._dropping(client):
+                if client.task != self._task:
+                    raise ProtocolError(f"{name} has {client.task}; most have {self._task}")

@@ -37,8 +37,11 @@ from framp_core.run_folder import RunFolder
 from framp_core.run_log import about
 from framp_core.spans import span
 from server_app.recording import (
+    Known,
     accuracy_record,
     client_rows,
+    known_partition,
+    largest_counts,
     manifest,
     mean_record,
     read_accuracies,
@@ -355,6 +358,7 @@ class SubmodelStrategy(Strategy):
                 f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
+        self._know_partition()
         self._rebuild(checkpoint, client)
         self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
         self.defence.sizes = dict(saved["prototype-sizes"])
@@ -398,11 +402,10 @@ class SubmodelStrategy(Strategy):
 
     def _begin(self, grid: Grid) -> None:
         self.registry.wait(grid)
-        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
         if self._checkpoint is None:
-            self._start(clients)
+            self._start()
         else:
-            self._go_on(self._checkpoint, clients[0])
+            self._go_on(self._checkpoint, next(iter(self.registry.clients.values())))
         self._begun, self._checkpoint = True, None
 
     def _build(self, client: ClientRecord) -> dict[str, int]:
@@ -418,8 +421,18 @@ class SubmodelStrategy(Strategy):
         self._largest_norm = self.config.defence.largest_norm * norm(initial.numpy()) or math.inf
         return self.build(initial, model.feature_size, client)
 
-    def _start(self, clients: Sequence[ClientRecord]) -> None:
-        first, nodes, wanted = clients[0], self.registry.expected, self.config.partition.nodes
+    def _know_partition(self) -> Known:
+        """Make the partition again, if the data are at hand, so that no client can have more examples than it gives."""
+        digest = next(iter(self.registry.clients.values())).partition_digest
+        known = known_partition(self.config, self.registry.expected, digest)
+        if known is not None:
+            self.registry.limit(largest_counts(known[1]))
+        return known
+
+    def _start(self) -> None:
+        nodes, wanted, known = self.registry.expected, self.config.partition.nodes, self._know_partition()
+        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
+        first = clients[0]
         facts = self._build(first)
         if nodes != wanted:
             logger.warning(
@@ -429,7 +442,7 @@ class SubmodelStrategy(Strategy):
                 wanted,
                 wanted,
             )
-        self.run.write_json("manifest.json", manifest(self.config, nodes, first.partition_digest))
+        self.run.write_json("manifest.json", manifest(known, first.partition_digest))
         self._record(
             "start",
             0,

@@ -209,7 +209,7 @@ def lying_about_prototypes(value: float, liars: tuple[int, ...] = (1,), classes:
     return app_with(trains)
 
 
-@pytest.mark.parametrize("value", [3e38, -3e38, 1e6, 150.0])
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e6, 25.0])
 @pytest.mark.parametrize("rule", ["mean", "median"])
 def test_absurd_prototypes_are_refused_and_harm_nobody(tiny: Build, value: float, rule: str) -> None:
     config = tiny({**COHORT, "defence.prototypes": rule, "local.alignment-weight": 1.0})
@@ -221,7 +221,7 @@ def test_absurd_prototypes_are_refused_and_harm_nobody(tiny: Build, value: float
     assert [len(clients) for clients in rows(run)] == [5, 5, 5]
     assert all(np.abs(kept["global.means"]).max() < 10 for kept in run.prototypes().values())
     page = (run.path / "report.html").read_text()
-    assert "defence.largest-prototype=100" in page
+    assert "defence.largest-prototype=20" in page
     assert 'alt="Prototypes.' in page
 
 
@@ -237,14 +237,14 @@ def test_one_class_suffices_and_so_does_a_client_alone_in_the_first_round(tiny: 
     """There is nobody to compare with but the typical size."""
     values: dict[str, Scalar] = {"local.alignment-weight": 1.0, "server.clients-per-round": 1, "partition.clients": 1}
     lying = lying_about_prototypes(1e6, (0,), slice(0, 1))
-    with pytest.raises(EngineError, match=r"client-0000: ProtocolError: .* and 100 is the largest that is taken"):
+    with pytest.raises(EngineError, match=r"client-0000: ProtocolError: .* and 20 is the largest that is taken"):
         run_with(tiny({**COHORT, **values, "rounds": 1}), {}, lying)
 
 
 def test_a_minority_that_agrees_gets_through_no_more_than_one(tiny: Build) -> None:
     """Two of six, each round a little larger than what was taken before."""
     config = tiny({**COHORT, "local.alignment-weight": 1.0})
-    run = run_with(config, {}, lying_about_prototypes(101.0, (1, 3)))
+    run = run_with(config, {}, lying_about_prototypes(21.0, (1, 3)))
     assert [[row["client"] for row in refused] for refused in rows(run, "refused")] == [
         ["client-0001", "client-0003"]
     ] * 3
@@ -292,3 +292,23 @@ def test_a_reference_in_bytes_is_none_and_ends_no_run(tiny: Build) -> None:
     lying = app_with(trains, describes=describes)
     run = run_with(tiny({**COHORT, "rounds": 1}), {}, lying)
     assert run.read_checkpoint()[1]["clients"][0]["reference"] is None
+
+
+def test_who_registers_with_more_examples_than_the_partition_has_is_refused(tiny: Build) -> None:
+    """The number of examples is the weight of an update: one client must not outweigh all others."""
+
+    def describes(message: Message, context: Context) -> Message:
+        reply = describe(message, context)
+        index = context.node_config["partition-id"]
+        keys = ("train-examples", "local-examples", "validation-examples", "union-examples")
+        if index in (1, 2):
+            reply.content["client"][keys[int(index)]] = 2**31  # type: ignore[index, arg-type]
+        return reply
+
+    run = run_with(tiny({**COHORT, "rounds": 1}), {}, app_with(describes=describes))
+    (start,) = (event for event in run.events() if event["kind"] == "start")
+    errors = [row["error"] for row in start["refused"]]
+    assert [row["client"] for row in start["refused"]] == ["node 1001", "node 1002"]
+    assert "client-0001 registers with 2147483648 local examples" in errors[0]
+    assert "client-0002 registers with 2147483648 validation examples" in errors[1]
+    assert [len(clients) for clients in rows(run)] == [4]
