@@ -18,7 +18,7 @@ def printable(text: object, longest: int = LONGEST_LINE, *, lines: bool = False,
 
     Args:
         text: of any length, which is cut before anything else is done with it; another type than str is named alone.
-        longest: characters that are left, besides the note on how many were left out.
+        longest: characters of the result, the note on what was cut among them; at least 60.
         lines: whether line ends and tabs stay.
         tail: whether the end is kept rather than the beginning.
     """
@@ -26,13 +26,11 @@ def printable(text: object, longest: int = LONGEST_LINE, *, lines: bool = False,
         return f"<{type(text).__name__}>"
     kept = text[-longest:] if tail else text[:longest]
     shown = "".join(char if char.isprintable() or (lines and char in "\n\t") else _escaped(char) for char in kept)
-    # Escaping makes a character up to ten.
-    shown = shown[-longest:] if tail else shown[:longest]
-    left_out = len(text) - longest
-    if left_out <= 0:
+    if max(len(text), len(shown)) <= longest:
         return shown
-    note = f"[{left_out:,} characters left out]"
-    return f"{note} {shown}" if tail else f"{shown} {note}"
+    note = f"[cut, of {len(text):,} characters]"
+    room = longest - len(note) - 1
+    return f"{note} {shown[-room:]}" if tail else f"{shown[:room]} {note}"
 
 
 def without_colours(text: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from framp_core.foreign_text import LONGEST_TRACEBACK, printable, without_colours
+from framp_core.foreign_text import LONGEST_LINE, LONGEST_TRACEBACK, printable, without_colours
 
 _LONGEST_TYPE = 100
 _LONGEST_LOG = 10_000
@@ -91,11 +91,12 @@ def problem(client: str, message: Message) -> Refusal | None:
     error = message.content.config_records.get("error")
     if error is None:
         return None
-    kind, reason = printable(error.get("type", ""), _LONGEST_TYPE), printable(error.get("reason", ""))
+    kind = printable(error.get("type", ""), _LONGEST_TYPE)
+    reason = printable(error.get("reason", ""), LONGEST_LINE - _LONGEST_TYPE - 2)
     trace = printable(error.get("traceback", ""), LONGEST_TRACEBACK, lines=True, tail=True)
     return Refusal(client, f"{kind}: {reason}", trace, capacity=told_capacity(message.content))
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in without_colours(text[-_LONGEST_LOG:]).splitlines() if line.strip()]
-    return printable(lines[-1], tail=True) if lines else "no reason given"
+    return printable(lines[-1], LONGEST_LINE // 2, tail=True) if lines else "no reason given"

@@ -1,5 +1,6 @@
 """Tables as plain cells, for the terminal and for the HTML report alike."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from framp_core.foreign_text import printable
 from framp_core.metrics import MEAN, Moment
 from framp_core.report.summary import PARTS, UP_PARTS, Record
 
@@ -148,6 +150,8 @@ def human_bytes(count: float | None) -> str:
 
 def human_seconds(seconds: float) -> str:
     """A duration, such as ``"3 min 20 s"``."""
+    if not math.isfinite(seconds):
+        return MISSING
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -179,11 +183,13 @@ def _count(count: float | None) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    return MISSING if loss is None else f"{loss:.3f}"
+    if loss is None:
+        return MISSING
+    return f"{loss:.3f}" if abs(loss) < 1e6 else f"{loss:.3g}"
 
 
 def _rendered(cell: Cell) -> Text:
-    text = Text(cell.text)
+    text = Text(printable(cell.text))
     return text.append(f" {cell.detail}", style="dim") if cell.detail else text
 
 
