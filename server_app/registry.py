@@ -183,7 +183,8 @@ class ClientRegistry:
         """
         try:
             for descriptor, row in zip(descriptors, rows, strict=True):
-                fields = {**row, "capacity": parse_capacity(row["capacity"]), "shape": _shape(row["shape"])}
+                capacity, shape = parse_capacity(row["capacity"]), _shape(row["shape"])
+                fields = {"tests": {}, **row, "capacity": capacity, "shape": shape}  # Older versions noted no tests.
                 self.clients[read_name(row, "name")] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
         except (FrampError, KeyError, TypeError, ValueError) as error:
             raise ResumeError(
