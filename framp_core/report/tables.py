@@ -145,7 +145,7 @@ def human_bytes(count: float | None) -> str:
         count /= 1000
         if count < 999.5:
             return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
-    return f"{count / 1000:.1f} TB"
+    return f"{count / 1000:.1f} TB" if count < 1e9 else f"{count / 1000:.3g} TB"
 
 
 def human_seconds(seconds: float) -> str:
@@ -179,7 +179,9 @@ def _size(capacity: str) -> str:
 
 
 def _count(count: float | None) -> str:
-    return MISSING if count is None else f"{count:,.0f}"
+    if count is None:
+        return MISSING
+    return f"{count:,.0f}" if abs(count) < 1e15 else f"{count:.3g}"
 
 
 def _loss(loss: float | None) -> str:
