@@ -375,7 +375,7 @@ class ClientRegistry:
             self._refuse(Refusal.of(str(client.node_id), error))
 
     def _check_counts(self, client: ClientRecord) -> None:
-        for name, count in {"train": client.train_examples, **client.tests}.items():
+        for name, count in (("train", client.train_examples), *client.tests.items()):
             if count > self._largest.get(name, MAX_EXAMPLES):
                 raise ProtocolError(
                     f"{client.name} registers with {count} {name} examples; no client of the partition has more than "
