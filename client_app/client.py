@@ -14,7 +14,7 @@ from client_app.held_reference import HeldReference
 from framp_core.codec import Submodel, decode_slim, decode_submodel, encode_descriptor, encode_update, is_slim
 from framp_core.config import FrampConfig, LocalConfig, ModelConfig
 from framp_core.config_values import Scalar, parse_capacity
-from framp_core.data import ClientData, load_client
+from framp_core.data import ClientData, Examples, load_client
 from framp_core.descriptors import build_descriptor
 from framp_core.errors import ConfigError, ProtocolError
 from framp_core.fields import read_count, read_field
@@ -29,6 +29,7 @@ from framp_core.local_training import (
     resolve_device,
     train_locally,
 )
+from framp_core.metrics import POPULATIONS, Population
 from framp_core.models import FlatModel, build_model
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
@@ -183,6 +184,7 @@ class Client:
 
     def card(self) -> dict[str, ConfigRecordValues]:
         """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
+        tested = self._tested()
         return {
             "name": self.data.name,
             "role": self.data.role,
@@ -190,6 +192,7 @@ class Client:
             "shape": list(self.data.shape),
             "classes": self.data.classes,
             "train-examples": len(self.data.train),
+            **{f"{name}-examples": len(tested.get(name, ())) for name in POPULATIONS},
             "partitions": self.partitions,
             "partition-digest": self.data.partition_digest,
         }
@@ -278,21 +281,23 @@ class Client:
         model = _flat_model(config, self.config.local, shape, classes, kept)
         return model, Submodel(slim.values, np.ones(slim.values.shape, dtype=bool), None)
 
+    def _tested(self) -> dict[Population, Examples]:
+        """What accuracies are measured on; the union for a client that trains alone."""
+        tested: dict[Population, Examples] = {"local": self.data.test, "validation": self.data.validation}
+        if self.data.role == "train":
+            union, limit = self.data.union_test, self.config.evaluation.union_examples
+            tested["union"] = union.first(limit) if limit else union
+        return tested
+
     @span("client.evaluate")
     def _measure(
         self, model: FlatModel, server_round: int, suffix: str = "", strengths: Sequence[float] = ()
     ) -> dict[str, MetricRecordValues]:
         settings = self.config.evaluation
         prior = log_prior(self.data.class_counts(), self.config.local.absent_class_prior)
-        populations = {
-            "local": (self.data.test, settings.local_prior_strength),
-            "validation": (self.data.validation, settings.local_prior_strength),
-        }
-        if self.data.role == "train":
-            union, limit = self.data.union_test, settings.union_examples
-            populations["union"] = (union.first(limit) if limit else union, settings.union_prior_strength)
         counts: dict[str, MetricRecordValues] = {}
-        for name, (examples, strength) in populations.items():
+        for name, examples in self._tested().items():
+            strength = settings.union_prior_strength if name == "union" else settings.local_prior_strength
             augmented = settings.augment and name == "local"
             rng = stream(self.config.seed, "test-augmentation", self.data.name, server_round) if augmented else None
             swept = strengths if name != "validation" else ()

@@ -30,6 +30,7 @@ from framp.engines.in_process import InProcessGrid
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar, parse_capacity
 from framp_core.errors import ConfigError, DataError, EngineError, FrampError
+from framp_core.fields import NAMES, is_name, shown
 from framp_core.fingerprint import code_fingerprint
 from framp_core.report.tables import human_bytes
 from framp_core.run_folder import RunFolder
@@ -54,7 +55,7 @@ class Device:
         data: folder of the data on this device (a graph-file: the file).
 
     Raises:
-        ConfigError: the capacity is none, or the name holds a quotation mark or nothing.
+        ConfigError: the capacity is none, or the name is none that the server takes or holds a quotation mark.
     """
 
     superlink: str
@@ -68,8 +69,8 @@ class Device:
 
     def __post_init__(self) -> None:
         parse_capacity(self.capacity)
-        if not self.name or set(self.name) & set("'\"\n"):
-            raise ConfigError(f"the client's name {self.name!r} must not be empty or hold quotation marks")
+        if not is_name(self.name) or set(self.name) & set("'\""):
+            raise ConfigError(f"the client's name is {shown(self.name)}, expected {NAMES}, without quotation marks")
 
     @property
     def node_config(self) -> dict[str, Scalar]:

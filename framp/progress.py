@@ -9,6 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, accuracies, summarise
 
 _POLL_SECONDS = 0.2
@@ -91,7 +92,9 @@ class RunProgress:
                 self._print(refusal["traceback"])
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(
+            printable(text, LONGEST_TRACEBACK, lines=True), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _accuracies(event: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
+from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, summarise
 from framp_core.report.summary import Record
 from framp_core.run_folder import EVENTS, LOG, SUMMARY, RunFolder
@@ -88,7 +89,7 @@ class RunStatus:
         return cls(
             folder=str(folder),
             state=state,
-            error=error,
+            error=error and printable(error, LONGEST_TRACEBACK, lines=True),
             method=run.config.method,
             round=record.rounds,
             rounds=run.config.rounds,
@@ -127,7 +128,7 @@ class RunStatus:
             "checkpoint": f"round {self.checkpoint}" if self.checkpoint is not None else "none",
             "to go on": self.resume or "",
         }
-        return {heading: text for heading, text in shown.items() if text}
+        return {heading: printable(text, LONGEST_TRACEBACK, lines=True) for heading, text in shown.items() if text}
 
 
 def _state(run: RunFolder, in_use: bool) -> tuple[State, str | None]:

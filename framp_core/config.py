@@ -393,6 +393,12 @@ class DefenceConfig(_Section):
         ge=0,
         description="a delta longer than so many times the freshly initialised network is refused; 0: none is",
     )
+    largest_prototype: float = Field(
+        20.0,
+        ge=0,
+        description="features in prototypes, root mean square, above so many times the larger of the median client's "
+        "and 1 are refused; 0: none are",
+    )
     norm_bound: float = Field(
         0.0, ge=0, description="deltas are shortened to so many times the median length of their round; 0: off"
     )

@@ -22,19 +22,29 @@ def _comma_separated(value: object) -> object:
 
 
 def _capacity(value: object) -> Fraction:
-    text = str(value)
     try:
-        # Fraction would take the exponent of 1e-999999999 at its word, and fill the memory.
-        if len(text) > LONGEST_NUMBER or _LARGE_EXPONENT.search(text):
-            raise ValueError(f"{text[:LONGEST_NUMBER]} has too many digits")
-        capacity = Fraction(text)
+        capacity = _fraction(value)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{text[:LONGEST_NUMBER]!r} is not a capacity; write a fraction such as 1/16 or 0.25"
-        ) from error
+        text = str(value) if isinstance(value, float) else value
+        shown = repr(text[:LONGEST_NUMBER]) if isinstance(text, str) else f"a {type(value).__name__}"
+        raise ValueError(f"{shown} is not a capacity; write a fraction such as 1/16 or 0.25") from error
     if not 0 < capacity <= 1:
-        raise ValueError(f"capacity {value} is outside (0, 1]; it is the fraction of the weights a client holds")
+        raise ValueError(f"capacity {capacity} is outside (0, 1]; it is the fraction of the weights a client holds")
     return capacity
+
+
+def _fraction(value: object) -> Fraction:
+    """A number that takes at most ``LONGEST_NUMBER`` characters, as it is given and as a fraction."""
+    if not isinstance(value, str | int | float | Fraction):
+        raise TypeError("no text and no number")
+    text = value if isinstance(value, str) else str(value)
+    # Fraction would take the exponent of 1e-999999999, or of 1e-9_9_9_9_9, at its word, and fill the memory.
+    if len(text) > LONGEST_NUMBER or "_" in text or _LARGE_EXPONENT.search(text):
+        raise ValueError("too many digits")
+    fraction = Fraction(text)
+    if len(str(fraction)) > LONGEST_NUMBER:  # It is read again from a checkpoint, and stands in tables.
+        raise ValueError("too many digits as a fraction")
+    return fraction
 
 
 Capacity = Annotated[Fraction, BeforeValidator(_capacity), PlainSerializer(str, return_type=str)]

@@ -4,7 +4,8 @@ All are off by default (section ``defence`` of the configuration); docs/robustne
 Clients hold different coordinates, so like is compared with like: two deltas on the positions that both clients hold.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,12 +15,15 @@ from scipy.stats import trim_mean
 
 from framp_core.config import DefenceConfig
 from framp_core.deltas import columns
+from framp_core.errors import ProtocolError
 from framp_core.prototypes import Prototypes
 
 GROUP_FLOATS = 2**24
 """Floats of dense deltas held at once while they are compared."""
 FEWEST = 4
 """Trusted clients in a round below which nobody is judged: of two or three nobody can tell who is wrong."""
+TYPICAL_SIZE = 1.0
+"""Of prototypes, to the order of magnitude: inputs have unit variance, and He et al.'s weights and norms keep it."""
 _DIGITS = 6
 """Digits of a cosine; those beyond depend on the order in which a BLAS sums, and so on its threads."""
 
@@ -142,11 +146,51 @@ class Defence:
     Attributes:
         agreements: of each client that was judged, by name: ``a <- memory * a + (1 - memory) * agreement``, from its
             first agreement on; a round that cannot tell leaves it as it was. A checkpoint has to hold it.
+        sizes: :attr:`framp_core.prototypes.Prototypes.size` of each client's last prototypes that were taken, by name.
+            A checkpoint has to hold it.
     """
 
     def __init__(self, config: DefenceConfig) -> None:
         self.config = config
         self.agreements: dict[str, float] = {}
+        self.sizes: dict[str, float] = {}
+
+    def absurd_prototypes(self, local: Mapping[str, Prototypes]) -> dict[str, ProtocolError]:
+        """Why the prototypes of some clients of a round are refused, by name; the sizes of the others are remembered.
+
+        Args:
+            local: prototypes of the round's clients, by name.
+        """
+        sizes = {name: own.size for name, own in local.items() if own.means.size}
+        bound, factor = self.largest_size(sizes), self.config.largest_prototype
+        absurd = {
+            name: ProtocolError(
+                f"the features in the prototypes have a root mean square of {size:.3g}, and {bound:.3g} is the largest "
+                f"that is taken (defence.largest-prototype={factor:g} times the median client's, and at least times "
+                f"{TYPICAL_SIZE:g}); raise it if honest clients send such"
+            )
+            for name, size in sizes.items()
+            if size > bound
+        }
+        self.sizes |= {name: size for name, size in sizes.items() if name not in absurd}
+        return absurd
+
+    def largest_size(self, sizes: Mapping[str, float]) -> float:
+        """The size up to which prototypes are taken: ``b * max(1, median)``, b of the configuration.
+
+        The median (of two middle ones the smaller) is over all clients known so far, one vote each, with the size that
+        it sends now or sent last, and one vote of :data:`TYPICAL_SIZE`. So it follows features that grow, whoever is
+        sampled; it is out of reach for a minority of the clients, though they be alone in a round or in a class; and
+        a client that is alone has to be within b of the typical size. That is the least bound, too: where most features
+        are dead, the others are not absurd.
+
+        Args:
+            sizes: of the round's prototypes, by name of the client; those that sent none left out.
+        """
+        if not self.config.largest_prototype:
+            return math.inf
+        votes = [TYPICAL_SIZE, *{**self.sizes, **sizes}.values()]
+        return self.config.largest_prototype * max(TYPICAL_SIZE, float(np.quantile(votes, 0.5, method="lower")))
 
     def judge(
         self, names: Sequence[str], deltas: Sequence[np.ndarray], masks: Sequence[np.ndarray], norms: Sequence[float]

@@ -1,5 +1,6 @@
 """Reading fields that another process wrote, by their exact type: nothing is converted, guessed or allocated."""
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -8,6 +9,8 @@ from framp_core.errors import ProtocolError
 T = TypeVar("T", int, float, str, bytes, bool)
 LONGEST_NAME = 200
 """Characters of a client's name; names go into logs, tables and file names of checkpoints' tensors."""
+_FORMULA = re.compile("(^|;)[ '\"]*[=+@\uff1d\uff0b\uff0d\uff20-]")
+"""How a cell begins that a spreadsheet computes; a semicolon starts one where commas are decimal."""
 
 
 def read_field(record: Mapping[str, object], key: str, kind: type[T], default: T | None = None) -> T:
@@ -25,10 +28,10 @@ def read_field(record: Mapping[str, object], key: str, kind: type[T], default: T
     if key not in record and default is not None:
         return default
     if key not in record:
-        raise ProtocolError(f"the message lacks {key!r}; it holds {', '.join(sorted(record))[:200] or 'nothing'}")
+        raise ProtocolError(f"the message lacks {key!r}; it holds {listed(record)}")
     value = record[key]
     if type(value) is not kind:
-        raise ProtocolError(f"{key!r} is {_shown(value)}, expected {kind.__name__}; use one version on both sides")
+        raise ProtocolError(f"{key!r} is {shown(value)}, expected {kind.__name__}; use one version on both sides")
     return value
 
 
@@ -45,20 +48,36 @@ def read_count(record: Mapping[str, object], key: str, smallest: int, largest: i
 
 
 def read_name(record: Mapping[str, object], key: str) -> str:
-    """A printable name of 1 to ``LONGEST_NAME`` characters, which can stand on a line of a log.
+    """A printable name of 1 to ``LONGEST_NAME`` characters, which can stand on a line of a log and in a table.
 
     Raises:
-        ProtocolError: it is missing, or no such name.
+        ProtocolError: it is missing, or no such name, see :func:`is_name`.
     """
     value = read_field(record, key, str)
-    if not 1 <= len(value) <= LONGEST_NAME or not value.isprintable():
-        raise ProtocolError(
-            f"{key!r} is {_shown(value)}, expected 1 to {LONGEST_NAME} printable characters; choose another name"
-        )
+    if not is_name(value):
+        raise ProtocolError(f"{key!r} is {shown(value)}, expected {NAMES}; choose another name")
     return value
 
 
-def _shown(value: object) -> str:
+NAMES = f"1 to {LONGEST_NAME} printable characters that no spreadsheet takes for a formula, as it does =1+1 or -a"
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a client: :data:`NAMES`.
+
+    clients.csv is opened in spreadsheets, and names are what joins its rows with others, so that they are refused
+    rather than written in another way.
+    """
+    return 1 <= len(text) <= LONGEST_NAME and text.isprintable() and not _FORMULA.search(text)
+
+
+def listed(names: Mapping[str, object]) -> str:
+    """The first few of names that someone else chose, each cut."""
+    first = [repr(name[:40]) for name, _ in zip(names, range(5), strict=False)]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+
+
+def shown(value: object) -> str:
     """Type and beginning of a value whose length someone else chose."""
     text = repr(value[:40] if isinstance(value, str | bytes | list) else value)
     return f"of type {type(value).__name__}, {text[:80]}"

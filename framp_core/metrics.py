@@ -7,9 +7,9 @@ client weighs the same, however many examples it has.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal, Self
 
+from framp_core.config_values import parse_capacity
 from framp_core.errors import ProtocolError
 
 Role = Literal["train", "unseen"]
@@ -17,6 +17,7 @@ Population = Literal["local", "union", "validation"]
 Moment = Literal["before", "after"]
 Column = Literal["local", "union", "unseen", "validation"]
 
+POPULATIONS: tuple[Population, ...] = ("local", "validation", "union")
 COLUMNS: tuple[Column, ...] = ("local", "union", "unseen", "validation")
 MEAN = "mean"
 
@@ -212,8 +213,12 @@ class SizeSummary:
 
 
 def by_capacity(capacities: Iterable[str]) -> list[str]:
-    """Distinct capacities in ascending order, as they are written."""
-    return sorted(set(capacities), key=Fraction)
+    """Distinct capacities in ascending order, as they are written.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    return sorted(set(capacities), key=parse_capacity)
 
 
 def summarise(rows: Iterable[ClientAccuracy]) -> list[SizeSummary]:

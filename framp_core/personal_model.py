@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from framp_core.codec import decode_mask, encode_mask
 from framp_core.config import ModelConfig
+from framp_core.config_values import parse_capacity
 from framp_core.data.facts import DataFacts
-from framp_core.errors import FrampError, ModelError, RunFolderError
+from framp_core.errors import ConfigError, FrampError, ModelError, RunFolderError
 from framp_core.graph_batch import GraphBatch
 from framp_core.models import FlatModel, build_model
 
@@ -152,7 +152,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> PersonalModel:
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this code reads {VERSION}")
         return _model(content, tensors, device)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, ValidationError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, ConfigError) as error:
         raise ModelError(
             f"{str(path)!r} is not a personal model of this version ({type(error).__name__}: {error}); write it with "
             f"framp personalise --out"
@@ -177,7 +177,7 @@ def _model(content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: to
         log_prior=tensors[_PRIOR],
         prior_strength=float(content["prior_strength"]),
         facts=facts,
-        capacity=Fraction(content["capacity"]),
+        capacity=parse_capacity(content["capacity"]),
         message=content["message"],
         origin=content["origin"],
     )

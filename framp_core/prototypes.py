@@ -28,6 +28,14 @@ class Prototypes:
     counts: np.ndarray
     means: np.ndarray
 
+    @property
+    def size(self) -> float:
+        """Root mean square of the entries of the longest mean; 0 if there is none. It cannot overflow."""
+        if not self.means.size:
+            return 0.0
+        squares = np.einsum("pf,pf->p", self.means, self.means, dtype=np.float64)
+        return float(np.sqrt(squares.max() / self.means.shape[1]))
+
     def dense(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
         """Spread over all classes, for :func:`alignment_loss`.
 

@@ -1,28 +1,33 @@
 """Rows of the event log, and the metric records that Flower shows."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
-from framp_core.data import DataFacts, load_partition, warn_of_notes
+from framp_core.data import DataFacts, ImageData, Partition, load_partition, warn_of_notes
 from framp_core.defence import Verdict
 from framp_core.errors import DataError, ProtocolError
-from framp_core.fields import read_count, read_field
-from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
-from server_app.registry import ClientRecord
+from framp_core.fields import read_count, read_field, shown
+from framp_core.metrics import COLUMNS, POPULATIONS, ClientAccuracy, Moment, Population, PriorCounts, summarise
+from server_app.registry import MAX_EXAMPLES, ClientRecord
 from server_app.replies import Refusal
 
 if TYPE_CHECKING:
+    from framp_core.data.graph import GraphData
     from server_app.strategies.base import ClientUpdate
 
 Row = dict[str, Any]
-POPULATIONS: tuple[Population, ...] = ("local", "validation", "union")
-MAX_EXAMPLES = 2**31
+Known: TypeAlias = "tuple[ImageData | GraphData, Partition] | None"
+"""The data of a run and their partition, if they are at hand."""
 MOMENTS: dict[Moment, str] = {"before": "", "after": "-tuned"}
+LARGEST_LOSS = float(np.finfo(np.float32).max)
+"""Of a mean that clients compute in float32."""
+SMALLEST_LOSS = -0.01
+"""No term of a loss is negative; rounding may make one a little smaller than 0."""
 logger = logging.getLogger("flwr.framp")
 
 
@@ -84,35 +89,56 @@ def read_training(content: RecordDict) -> tuple[bytes, float, int]:
     blob = read_field(content.config_records.get("framp", ConfigRecord()), "payload", bytes)
     metrics = content.metric_records.get("metrics", MetricRecord())
     loss = read_field(metrics, "loss", float)
-    if not math.isfinite(loss):
-        raise ProtocolError(f"the reply reports a loss of {loss}; lower the client's learning rate")
+    if not SMALLEST_LOSS <= loss <= LARGEST_LOSS:
+        raise ProtocolError(
+            f"the reply reports a loss of {loss:g}, expected 0 to {LARGEST_LOSS:.3g}; lower the client's learning rate"
+        )
     return blob, loss, read_count(metrics, "examples", 1, MAX_EXAMPLES)
 
 
-def read_accuracies(client: ClientRecord, server_round: int, content: RecordDict) -> list[ClientAccuracy]:
-    """The measurements in a client's reply: one per population and moment.
+def read_accuracies(
+    client: ClientRecord, server_round: int, content: RecordDict, tuned: bool = False
+) -> list[ClientAccuracy]:
+    """The measurements in a client's reply: one per moment and population that the client has examples of.
+
+    Args:
+        client: who replied.
+        server_round: the round.
+        content: the reply.
+        tuned: whether the client was asked to measure after fine-tuning, too; what was not asked for is not read.
 
     Raises:
-        ProtocolError: no metrics, or counts that contradict each other.
+        ProtocolError: no counts, counts that contradict each other, or not as many examples as the client registered
+            with.
     """
     metrics = content.metric_records.get("metrics", MetricRecord())
-    measured = []
-    for moment, suffix in MOMENTS.items():
-        for population in POPULATIONS:
-            total, correct = metrics.get(f"{population}-total{suffix}"), metrics.get(f"{population}-correct{suffix}")
-            if total is None or (total == 0 and isinstance(total, int)):
-                continue
-            if not isinstance(total, int) or not isinstance(correct, int):
-                reported = f"{str(correct)[:80]} correct of {str(total)[:80]}"
-                raise ProtocolError(f"{client.name} reports {reported} {population} examples, expected whole numbers")
-            measured.append(
-                ClientAccuracy(
-                    client.name, client.role, str(client.capacity), server_round, population, moment, correct, total
-                )
-            )
+    moments: tuple[Moment, ...] = ("before", "after") if tuned else ("before",)
+    capacity, measured = str(client.capacity), []
+    for moment in moments:
+        for population in _tested(client):
+            suffix = MOMENTS[moment]
+            total = _total(client, population, metrics, suffix)
+            correct = read_count(metrics, f"{population}-correct{suffix}", 0, total)
+            row = ClientAccuracy(client.name, client.role, capacity, server_round, population, moment, correct, total)
+            measured.append(row)
     if not measured:
-        raise ProtocolError(f"the reply of {client.name} holds no counts; its records are {sorted(content)}")
+        raise ProtocolError(f"{client.name} has no examples to measure an accuracy on; give it test data")
     return measured
+
+
+def _tested(client: ClientRecord) -> list[Population]:
+    return [population for population in POPULATIONS if client.tests[population]]
+
+
+def _total(client: ClientRecord, population: Population, metrics: MetricRecord, suffix: str = "") -> int:
+    """How many examples of a population a reply speaks of."""
+    total, registered = read_field(metrics, f"{population}-total{suffix}", int), client.tests[population]
+    if total != registered:
+        raise ProtocolError(
+            f"the reply speaks of {total} {population} examples; {client.name} registered with {registered}. Start its "
+            f"node again if its data have changed"
+        )
+    return total
 
 
 def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict) -> list[PriorCounts]:
@@ -128,39 +154,58 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
     """
     metrics = content.metric_records.get("metrics", MetricRecord())
     found = []
-    populations: tuple[Population, ...] = ("local", "union")
-    for population in populations if strengths else ():
-        total, correct = metrics.get(f"{population}-total"), metrics.get(f"{population}-prior-correct")
-        if total is None or (total == 0 and isinstance(total, int)):
-            continue
-        counts = tuple(count for count in correct if isinstance(count, int)) if isinstance(correct, list) else ()
-        if len(counts) != strengths or not isinstance(total, int):
+    swept = [population for population in _tested(client) if population != "validation"]
+    for population in swept if strengths else ():
+        total, correct = _total(client, population, metrics), metrics.get(f"{population}-prior-correct")
+        if not isinstance(correct, list) or len(correct) != strengths or not all(type(each) is int for each in correct):
             raise ProtocolError(
-                f"{client.name} reports {str(correct)[:80]} correct of {str(total)[:80]} {population} examples; "
+                f"{client.name} reports {shown(correct)} correct of {total} {population} examples; "
                 f"expected a count for each of {strengths} strengths of the prior"
             )
+        counts = tuple(int(count) for count in correct)
         found.append(PriorCounts(client.name, client.role, str(client.capacity), population, counts, total))
     return found
 
 
-def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
-    """The partition's manifest, made again on the server, and ``data``, what a model must be told of the data.
+def known_partition(config: FrampConfig, nodes: int, digest: str) -> Known:
+    """The data and the partition, made again on the server; None where it cannot read the data.
 
-    ``notes`` say what was left out of the data or read otherwise than may be expected; they are logged, too.
-
-    The digest alone where the server cannot read the data.
+    Raises:
+        DataError: the clients work on another partition.
     """
     try:
         data, partition = load_partition(config, nodes)
     except DataError as error:
         logger.warning("the server cannot read the data, so manifest.json holds the clients' digest alone: %s", error)
-        return {"digest": digest}
+        return None
     if partition.digest != digest:
         raise DataError(
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
             f"data.root must hold the same data everywhere"
         )
+    return data, partition
+
+
+def manifest(known: Known, digest: str) -> dict[str, Any]:
+    """The partition's manifest, and ``data``, what a model must be told of the data; the digest alone if unknown.
+
+    ``notes`` say what was left out of the data or read otherwise than may be expected; they are logged, too.
+    """
+    if known is None:
+        return {"digest": digest}
+    data, partition = known
     return {**partition.manifest(), "data": DataFacts.of(data).to_dict(), "notes": warn_of_notes(data)}
+
+
+def largest_counts(partition: Partition) -> dict[str, int]:
+    """The most examples that a client of the partition has, by what it registers."""
+    clients = partition.clients
+    return {
+        "train": max(len(client.train) for client in clients),
+        "local": max(len(client.test) for client in clients),
+        "validation": max(len(client.validation) for client in clients),
+        "union": sum(len(client.test) for client in clients if client.role == "train"),
+    }
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

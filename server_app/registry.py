@@ -4,7 +4,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -16,9 +17,9 @@ from flwr.serverapp import Grid
 from framp_core.codec import decode_descriptor
 from framp_core.config import FrampConfig
 from framp_core.config_values import parse_capacity
-from framp_core.errors import EngineError, FrampError, ProtocolError
-from framp_core.fields import read_count, read_field, read_name
-from framp_core.metrics import Role
+from framp_core.errors import EngineError, FrampError, ProtocolError, ResumeError
+from framp_core.fields import listed, read_count, read_field, read_name, shown
+from framp_core.metrics import POPULATIONS, Population, Role
 from framp_core.run_log import about
 from server_app.replies import Refusal, Reply, held_reference, read_replies
 
@@ -29,6 +30,7 @@ ABSENT = -1
 SAME_DESCRIPTOR = 0.02
 """Distance of two descriptors, which have norm 1, up to which rounding on another machine may explain it."""
 MAX_CLASSES = 2**16
+MAX_EXAMPLES = 2**31
 MAX_EXAMPLE_SIZE = 2**24
 """Numbers in an example: an image of 2,365 x 2,365 pixels in colour."""
 RETRY_SECONDS = 30.0
@@ -47,6 +49,8 @@ class ClientRecord:
         shape: of an example, as in :class:`framp_core.data.ClientData`.
         classes: number of classes.
         train_examples: number of training examples.
+        tests: number of examples that the client measures an accuracy on, by population; 0 for none. What it reports
+            later has to be of as many.
         partitions: number of partitions that the client knows of.
         partition_digest: hash of the partition the client works on.
         descriptor: v_i, float32 ``(d,)``.
@@ -61,6 +65,7 @@ class ClientRecord:
     shape: tuple[int, ...]
     classes: int
     train_examples: int
+    tests: Mapping[Population, int]
     partitions: int
     partition_digest: str
     descriptor: np.ndarray
@@ -78,7 +83,7 @@ class ClientRecord:
         try:
             card, payload = content.config_records["client"], content.config_records["framp"]
         except KeyError as error:
-            raise ProtocolError(f"a description lacks the record {error}; it holds {sorted(content)}") from error
+            raise ProtocolError(f"a description lacks the record {error}; it holds {listed(content)}") from error
         blob = read_field(payload, "payload", bytes)
         return cls(
             name=read_name(card, "name"),
@@ -87,7 +92,8 @@ class ClientRecord:
             capacity=parse_capacity(read_field(card, "capacity", str)),
             shape=_shape(card.get("shape")),
             classes=read_count(card, "classes", 1, MAX_CLASSES),
-            train_examples=read_count(card, "train-examples", 1, 2**31),
+            train_examples=read_count(card, "train-examples", 1, MAX_EXAMPLES),
+            tests={name: read_count(card, f"{name}-examples", 0, MAX_EXAMPLES) for name in POPULATIONS},
             partitions=read_count(card, "partitions", 1, 2**31),
             partition_digest=read_name(card, "partition-digest"),
             descriptor=_descriptor(blob),
@@ -107,7 +113,7 @@ class ClientRecord:
 def _shape(sides: object) -> tuple[int, ...]:
     """Of an example. Models are built for it, so that a client must not choose how much memory that takes."""
     if not isinstance(sides, list) or len(sides) not in (1, 3) or not all(type(side) is int for side in sides):
-        raise ProtocolError(f"the shape of an example is {str(sides)[:80]}, expected one or three whole numbers")
+        raise ProtocolError(f"the shape of an example is {shown(sides)}, expected one or three whole numbers")
     if min(sides) < 1 or math.prod(sides) > MAX_EXAMPLE_SIZE:
         raise ProtocolError(f"an example of shape {sides} has not 1 to {MAX_EXAMPLE_SIZE} numbers; use smaller ones")
     return tuple(sides)
@@ -124,7 +130,7 @@ def _descriptor(blob: bytes) -> np.ndarray:
 
 def _role(value: object) -> Role:
     if value not in ("train", "unseen"):
-        raise ProtocolError(f"the role {str(value)[:80]!r} is neither train nor unseen")
+        raise ProtocolError(f"the role is {shown(value)}, expected train or unseen")
     return "train" if value == "train" else "unseen"
 
 
@@ -153,6 +159,7 @@ class ClientRegistry:
         self._refused: dict[int, Refusal] = {}
         self._news: list[Refusal] = []
         self._resized: set[str] = set()
+        self._largest: dict[str, int] = {}
         self.clients: dict[str, ClientRecord] = {}
 
     @property
@@ -169,10 +176,21 @@ class ClientRegistry:
         return np.stack([client.descriptor for client in clients]), rows
 
     def restore(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Know the clients of :meth:`state` again; each counts as absent until its node is met."""
-        for descriptor, row in zip(descriptors, rows, strict=True):
-            fields = {**row, "capacity": parse_capacity(row["capacity"]), "shape": tuple(row["shape"])}
-            self.clients[row["name"]] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
+        """Know the clients of :meth:`state` again; each counts as absent until its node is met.
+
+        Raises:
+            ResumeError: the rows are not those that this version writes.
+        """
+        try:
+            for descriptor, row in zip(descriptors, rows, strict=True):
+                capacity, shape = parse_capacity(row["capacity"]), _shape(row["shape"])
+                fields = {"tests": {}, **row, "capacity": capacity, "shape": shape}  # Older versions noted no tests.
+                self.clients[read_name(row, "name")] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
+        except (FrampError, KeyError, TypeError, ValueError) as error:
+            raise ResumeError(
+                f"the checkpoint's clients are not as this version notes them ({type(error).__name__}: {error}); use "
+                f"the version of FRAMP that wrote it, or start a new run"
+            ) from error
 
     def moved(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Connected clients of :meth:`state` whose descriptor is another one now, so that their data are, too."""
@@ -233,15 +251,26 @@ class ClientRegistry:
             time.sleep(POLL_SECONDS)
             self.poll(grid)
         self._agree()
-        if not self.online():
-            first = next(iter(self._refused.values()), None)
-            reason = (first.traceback or first.error) if first else "no node connected"
-            raise EngineError(
-                f"no client took part within {self._config.server.discovery_deadline:g} s "
-                f"(server.discovery-deadline). First reason: {reason}"
-            )
+        self._require_one()
         if len(self.online()) < self.expected:
             logger.warning("%d of %d clients answered; the run goes on", len(self.online()), self.expected)
+
+    def limit(self, largest: Mapping[str, int]) -> None:
+        """Refuse clients, known ones and those to come, that have more examples than any client of the partition.
+
+        How many a client has is its own claim, and the weight of what it sends.
+
+        Args:
+            largest: number of examples for ``train`` and for each population.
+
+        Raises:
+            EngineError: all known clients are refused.
+        """
+        self._largest = dict(largest)
+        for _, client in sorted(self.clients.items()):
+            with self._dropping(client):
+                self._check_counts(client)
+        self._require_one()
 
     def require(self, grid: Grid, count: int) -> None:
         """Look for new nodes, then wait until at least ``count`` clients that train are connected.
@@ -325,7 +354,36 @@ class ClientRegistry:
             self._news.append(refusal)
         self._refused[node] = refusal
 
+    def _require_one(self) -> None:
+        if self.online():
+            return
+        first = next(iter(self._refused.values()), None)
+        reason = (first.traceback or first.error) if first else "no node connected"
+        raise EngineError(
+            f"no client took part within {self._config.server.discovery_deadline:g} s "
+            f"(server.discovery-deadline). First reason: {reason}"
+        )
+
+    @contextmanager
+    def _dropping(self, client: ClientRecord) -> Iterator[None]:
+        """Forget a known client in which an error is found."""
+        try:
+            yield
+        except ProtocolError as error:
+            del self.clients[client.name]
+            self._described.discard(client.node_id)
+            self._refuse(Refusal.of(str(client.node_id), error))
+
+    def _check_counts(self, client: ClientRecord) -> None:
+        for name, count in (("train", client.train_examples), *client.tests.items()):
+            if count > self._largest.get(name, MAX_EXAMPLES):
+                raise ProtocolError(
+                    f"{client.name} registers with {count} {name} examples; no client of the partition has more than "
+                    f"{self._largest[name]}"
+                )
+
     def _check(self, new: ClientRecord) -> None:
+        self._check_counts(new)
         holder = self.clients.get(new.name)
         if holder is not None and holder.node_id != new.node_id and holder.node_id in self._online:
             raise ProtocolError(f"two connected nodes call themselves {new.name!r}; give each its own client-name")
@@ -338,8 +396,6 @@ class ClientRegistry:
             return
         self._task = tasks.most_common(1)[0][0]
         for name, client in sorted(self.clients.items()):
-            if client.task != self._task:
-                del self.clients[name]
-                self._described.discard(client.node_id)
-                error = ProtocolError(f"{name} has {client.task}; most have {self._task}")
-                self._refuse(Refusal.of(str(client.node_id), error))
+            with self._dropping(client):
+                if client.task != self._task:
+                    raise ProtocolError(f"{name} has {client.task}; most have {self._task}")

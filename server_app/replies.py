@@ -1,14 +1,15 @@
 """From Flower's reply messages to clients: mapping, errors, missing replies."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_LONGEST_REASON = 400
-_LONGEST_TRACEBACK = 20_000
+from framp_core.foreign_text import LONGEST_LINE, LONGEST_TRACEBACK, printable, without_colours
+
+_LONGEST_TYPE = 100
+_LONGEST_LOG = 10_000
+"""Characters at the end of Flower's reason, which may be a whole log, in which its last line is looked for."""
 NO_REPLY = "no reply before the deadline"
 
 
@@ -25,6 +26,7 @@ class Reply:
 class Refusal:
     """A client whose reply is missing or was refused; ``traceback`` and ``capacity`` where the client sent one.
 
+    Its texts are short and printable, see :func:`framp_core.foreign_text.printable`.
     ``message_id`` is Flower's id of the message that was to be answered; two refusals that differ in it alone are
     equal.
     """
@@ -39,7 +41,7 @@ class Refusal:
     @classmethod
     def of(cls, client: str, error: Exception, message_id: str = "") -> "Refusal":
         """The refusal of a reply in which the server found an error."""
-        return cls(client, f"{type(error).__name__}: {error}", message_id=message_id)
+        return cls(client, printable(f"{type(error).__name__}: {error}"), message_id=message_id)
 
 
 def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[list[Reply], list[Refusal]]:
@@ -70,9 +72,10 @@ def read_replies(sent: Mapping[str, str], replies: Iterable[Message]) -> tuple[l
     return [good[name] for name in sorted(good)], [refused[name] for name in sorted(refused)]
 
 
-def held_reference(content: RecordDict) -> object:
-    """The name of the reference mask that a client says it holds, None if it says nothing."""
-    return content.config_records.get("framp", ConfigRecord()).get("reference")
+def held_reference(content: RecordDict) -> int | None:
+    """The name of the reference mask that a client says it holds, None if it says nothing or what can be no name."""
+    name = content.config_records.get("framp", ConfigRecord()).get("reference")
+    return name if type(name) is int else None
 
 
 def told_capacity(content: RecordDict) -> object:
@@ -80,24 +83,20 @@ def told_capacity(content: RecordDict) -> object:
     return content.config_records.get("framp", ConfigRecord()).get("capacity")
 
 
-def without_colours(text: str) -> str:
-    """Text of a log without the terminal's colour codes."""
-    return _ANSI.sub("", text)
-
-
 def problem(client: str, message: Message) -> Refusal | None:
     """Why a reply of this client is none, if it is an error of Flower's or of its own; None if it carries content."""
     if message.has_error():
-        reason = _last_line(without_colours(message.error.reason or ""))
+        reason = _last_line(message.error.reason or "")
         return Refusal(client, f"Flower error {message.error.code}: {reason}")
     error = message.content.config_records.get("error")
     if error is None:
         return None
-    kind, reason, trace = (str(error.get(key, "")) for key in ("type", "reason", "traceback"))
-    said = f"{kind[:_LONGEST_REASON]}: {reason[:_LONGEST_TRACEBACK]}"
-    return Refusal(client, said, trace[-_LONGEST_TRACEBACK:], capacity=told_capacity(message.content))
+    kind = printable(error.get("type", ""), _LONGEST_TYPE)
+    reason = printable(error.get("reason", ""), LONGEST_LINE - _LONGEST_TYPE - 2)
+    trace = printable(error.get("traceback", ""), LONGEST_TRACEBACK, lines=True, tail=True)
+    return Refusal(client, f"{kind}: {reason}", trace, capacity=told_capacity(message.content))
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else "no reason given")[-_LONGEST_REASON:]
+    lines = [line for line in without_colours(text[-_LONGEST_LOG:]).splitlines() if line.strip()]
+    return printable(lines[-1], LONGEST_LINE // 2, tail=True) if lines else "no reason given"

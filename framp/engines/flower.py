@@ -25,8 +25,8 @@ from framp_core.config import FrampConfig
 from framp_core.data import load_partition, warn_of_notes
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
+from framp_core.foreign_text import without_colours
 from framp_core.run_folder import RunFolder
-from server_app.replies import without_colours
 from server_app.resume import checkpoint_of
 from server_app.strategies import STRATEGIES
 

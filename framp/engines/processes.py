@@ -13,7 +13,7 @@ import httpx
 import psutil
 
 from framp_core.errors import EngineError
-from server_app.replies import without_colours
+from framp_core.foreign_text import without_colours
 
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0

@@ -4,6 +4,7 @@ Sizes are an ordered sequence, so their colours go from light to dark; populatio
 colours of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from framp_core.report.prototypes import CAPTION, Snapshot, draw_prototypes, dra
 from framp_core.report.summary import PARTS, Record, Traffic
 from framp_core.report.tables import human_bytes
 
+logger = logging.getLogger("flwr.framp.report")
 FOLDER = "figures"
 WIDTH = 5.4
 INK, MUTED, RULE, REFERENCE = "#1f2933", "#66727f", "#dfe4e9", "#d55e00"
@@ -96,8 +98,14 @@ def draw_figures(
     with matplotlib.rc_context(STYLE):
         for plan in _plans(record, masks) + _prototype_plans(prototypes):
             figure = Figure(figsize=(WIDTH, plan.height), layout="constrained")
-            plan.draw(figure)
-            figure.savefig(target / f"{plan.name}.png")
+            try:
+                plan.draw(figure)
+                figure.savefig(target / f"{plan.name}.png")
+            except OSError:
+                raise
+            except Exception as error:  # Whatever numbers a folder holds, the rest of the report stands.
+                logger.warning("the figure %r cannot be drawn (%s: %s)", plan.title, type(error).__name__, error)
+                continue
             drawn.append(Drawn(target / f"{plan.name}.png", plan.title, plan.caption))
     return drawn
 

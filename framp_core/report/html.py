@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from framp_core.config import FrampConfig
+from framp_core.foreign_text import LONGEST_LINE, printable
 from framp_core.report.figures import Drawn, draw_figures
 from framp_core.report.style import CSS
 from framp_core.report.summary import Record, Refused, summary_of
@@ -188,7 +189,7 @@ def _notable(record: Record) -> str:
         )
     if not notes:
         return "<p>None: every client answered, and no reply was refused.</p>"
-    listed = "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    listed = "<ul>" + "".join(f"<li>{escape(printable(note, 2 * LONGEST_LINE))}</li>" for note in notes) + "</ul>"
     if refused:
         listed += _folded("Every client that was refused or silent, and why", _table(refusals(record)))
     traced = next((entry for entry in refused if entry.traceback), None)
@@ -277,7 +278,7 @@ def _table(table: Table, kind: str = "numbers") -> str:
 
 def _cell(cell: Cell, label: bool) -> str:
     detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-    return f"<td{_class('label' if label else '')}>{escape(cell.text)}{detail}</td>"
+    return f"<td{_class('label' if label else '')}>{escape(printable(cell.text))}{detail}</td>"
 
 
 def _class(name: str) -> str:

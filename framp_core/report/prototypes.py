@@ -1,5 +1,6 @@
 """Class prototypes of an early and of the last round, side by side in two dimensions."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,20 @@ _NAMED_CLASSES = 10
 
 def drawable(snapshots: Mapping[int, Snapshot]) -> bool:
     """Whether there is something to see: two rounds, each with prototypes of two classes in two dimensions."""
-    return len(snapshots) > 1 and all(min(each["global.means"].shape) > 1 for each in snapshots.values())
+    return len(snapshots) > 1 and all(min(_finite(each)["global.means"].shape) > 1 for each in snapshots.values())
+
+
+def _finite(snapshot: Snapshot) -> Snapshot:
+    """The prototypes that can be drawn, in double precision and at most 1 large; neither look nor spread depends on it.
+
+    Left out are those that hold NaN or infinity, and local ones of a class without a global one.
+    """
+    kept = {kind: np.isfinite(snapshot[f"{kind}.means"]).all(axis=1) for kind in ("global", "local")}
+    kept["local"] &= np.isin(snapshot["local.classes"], snapshot["global.classes"][kept["global"]])
+    found = {name: values[kept[name.partition(".")[0]]] for name, values in snapshot.items()}
+    means = {name: values.astype(np.float64) for name, values in found.items() if name.endswith(".means")}
+    largest = max((float(np.abs(values).max()) for values in means.values() if values.size), default=0.0) or 1.0
+    return {**found, **{name: values / largest for name, values in means.items()}}
 
 
 def draw_prototypes(figure: Figure, snapshots: Mapping[int, Snapshot]) -> None:
@@ -35,6 +49,7 @@ def draw_prototypes(figure: Figure, snapshots: Mapping[int, Snapshot]) -> None:
         snapshots: what :meth:`framp_core.run_folder.RunFolder.prototypes` returns.
     """
     rounds = (min(snapshots), max(snapshots))
+    snapshots = {each: _finite(snapshots[each]) for each in rounds}
     classes = np.unique(np.concatenate([snapshots[each]["global.classes"] for each in rounds]))
     few = classes[-1] < _NAMED_CLASSES
     colours = matplotlib.colormaps["tab10" if few else "turbo"]
@@ -55,22 +70,31 @@ def draw_prototypes(figure: Figure, snapshots: Mapping[int, Snapshot]) -> None:
 
 
 def spread(snapshot: Snapshot) -> float:
-    """Mean distance of local prototypes from the global one of their class, over that between global ones."""
-    means, local = snapshot["global.means"].astype(float), snapshot["local.means"].astype(float)
+    """Mean distance of local prototypes from the global one of their class, over that between global ones.
+
+    NaN where there is none, or the global ones are all the same.
+    """
+    snapshot = _finite(snapshot)
+    means, local = snapshot["global.means"], snapshot["local.means"]
     own = np.searchsorted(snapshot["global.classes"], snapshot["local.classes"])
     pairs = np.triu_indices(len(means), 1)
     between = np.linalg.norm(means[pairs[0]] - means[pairs[1]], axis=1).mean()
+    if not len(local) or not between:
+        return math.nan
     return float(np.linalg.norm(local - means[own], axis=1).mean() / between)
 
 
 def _panel(axes: Axes, snapshot: Snapshot, colours: Colormap, scale: Normalize) -> None:
     shared, local = snapshot["global.means"], snapshot["local.means"]
     plane: Any = PCA(n_components=2, svd_solver="full")  # type: ignore[no-untyped-call]
-    plane.fit(np.concatenate([shared, local]))
+    with np.errstate(invalid="ignore"):
+        plane.fit(np.concatenate([shared, local]))
+    if not plane.explained_variance_.any():  # All are in one place, of whose variance there are no shares.
+        plane.explained_variance_ratio_ = plane.explained_variance_
     small = {"s": 14, "alpha": 0.65, "linewidths": 0}
     large = {"s": 110, "edgecolors": "white", "linewidths": 1.2, "zorder": 3}
     for means, kind, look in ((local, "local", small), (shared, "global", large)):
-        x, y = plane.transform(means).T
+        x, y = plane.transform(means).T if len(means) else np.zeros((2, 0))
         axes.scatter(x, y, c=colours(scale(snapshot[f"{kind}.classes"])), **look)
     first, second = plane.explained_variance_ratio_
     axes.set_xlabel(f"Component 1 ({first:.0%} of the variance)")

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from framp_core.config import FrampConfig
+from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, accuracies, by_capacity, summarise
 from framp_core.run_folder import PRIOR_CURVE, SUMMARY, RunFolder
 
@@ -141,7 +142,7 @@ class Record:
         """Refused replies, by round."""
         events = (*([self.start] if self.start else []), *self.joins, *self.train, *self.evaluations)
         return [
-            Refused(event["kind"], event["round"], reply["client"], reply["error"], reply.get("traceback"))
+            _refused(event, reply)
             for event in sorted(events, key=lambda event: int(event["round"]))
             for reply in event.get("refused", [])
         ]
@@ -168,6 +169,13 @@ class Record:
             _traffic(size, [exchange for exchange in exchanges if exchange["capacity"] == size])
             for size in self.capacities
         ] + [_traffic(MEAN, exchanges)]
+
+
+def _refused(event: Event, reply: dict[str, Any]) -> Refused:
+    """Its texts are made printable once more: the folder may be older, or another's."""
+    client, error, trace = printable(reply["client"]), printable(reply["error"]), reply.get("traceback")
+    shown = trace and printable(trace, LONGEST_TRACEBACK, lines=True, tail=True)
+    return Refused(event["kind"], event["round"], client, error, shown)
 
 
 def finish(run: RunFolder) -> dict[str, Any]:

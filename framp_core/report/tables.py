@@ -1,5 +1,6 @@
 """Tables as plain cells, for the terminal and for the HTML report alike."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from framp_core.foreign_text import printable
 from framp_core.metrics import MEAN, Moment
 from framp_core.report.summary import PARTS, UP_PARTS, Record
 
@@ -143,11 +145,13 @@ def human_bytes(count: float | None) -> str:
         count /= 1000
         if count < 999.5:
             return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
-    return f"{count / 1000:.1f} TB"
+    return f"{count / 1000:.1f} TB" if count < 1e9 else f"{count / 1000:.3g} TB"
 
 
 def human_seconds(seconds: float) -> str:
     """A duration, such as ``"3 min 20 s"``."""
+    if not math.isfinite(seconds):
+        return MISSING
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -175,15 +179,19 @@ def _size(capacity: str) -> str:
 
 
 def _count(count: float | None) -> str:
-    return MISSING if count is None else f"{count:,.0f}"
+    if count is None:
+        return MISSING
+    return f"{count:,.0f}" if abs(count) < 1e15 else f"{count:.3g}"
 
 
 def _loss(loss: float | None) -> str:
-    return MISSING if loss is None else f"{loss:.3f}"
+    if loss is None:
+        return MISSING
+    return f"{loss:.3f}" if abs(loss) < 1e6 else f"{loss:.3g}"
 
 
 def _rendered(cell: Cell) -> Text:
-    text = Text(cell.text)
+    text = Text(printable(cell.text))
     return text.append(f" {cell.detail}", style="dim") if cell.detail else text
 
 

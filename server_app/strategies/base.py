@@ -37,8 +37,11 @@ from framp_core.run_folder import RunFolder
 from framp_core.run_log import about
 from framp_core.spans import span
 from server_app.recording import (
+    Known,
     accuracy_record,
     client_rows,
+    known_partition,
+    largest_counts,
     manifest,
     mean_record,
     read_accuracies,
@@ -94,6 +97,10 @@ class ClientUpdate:
     def dense_delta(self) -> np.ndarray:
         """Delta over all n positions, zero where nothing was kept."""
         return dense(self.delta, self.mask)
+
+
+Accepted = tuple[ClientUpdate, dict[str, int]]
+"""An update and the bytes of its parts."""
 
 
 class SubmodelStrategy(Strategy):
@@ -251,17 +258,11 @@ class SubmodelStrategy(Strategy):
         server_round += self.rounds_done
         sent, good, refused = self._collect(server_round, replies)
         refused, unused = self._without_unused(refused, len(good))
-        updates, rows = [], []
-        for reply in good:
-            try:
-                update, parts = self._read_update(sent[reply.client], reply)
-            except FrampError as error:
-                refused.append(Refusal.of(reply.client, error, reply.message_id))
-            else:
-                reply.content.config_records["framp"].clear()  # Flower keeps the replies until the round has ended.
-                updates.append(update)
-                item = sent[reply.client]
-                rows.append(train_row(update, item.parts, parts, item.mask_alone))
+        accepted, absurd = self._without_absurd_prototypes(sent, self._read_updates(sent, good, refused))
+        refused += absurd
+        updates = [update for update, _ in accepted]
+        items = [(update, parts, sent[update.client.name]) for update, parts in accepted]
+        rows = [train_row(update, item.parts, parts, item.mask_alone) for update, parts, item in items]
         verdicts = self._judge(updates)
         rows = [{**row, **verdict_row(verdict)} for row, verdict in zip(rows, verdicts, strict=True)]
         updates = [_defended(*pair) for pair in zip(updates, verdicts, strict=True) if not pair[1].screened]
@@ -303,13 +304,15 @@ class SubmodelStrategy(Strategy):
             "mask_alone_bytes": sum(item.mask_alone for item in self._outbox),
         }
         sent, good, refused = self._collect(server_round, replies)
-        strengths = self.config.evaluation.prior_strengths if server_round == self.config.rounds else ()
+        final = server_round == self.config.rounds
+        strengths = self.config.evaluation.prior_strengths if final else ()
+        tuned = final and self.config.evaluation.fine_tune_steps > 0
         rows: list[ClientAccuracy] = []
         curves: list[PriorCounts] = []
         for reply in good:
             client = sent[reply.client].client
             try:
-                measured = read_accuracies(client, server_round, reply.content)
+                measured = read_accuracies(client, server_round, reply.content, tuned)
                 curves += read_prior_counts(client, len(strengths), reply.content)
             except FrampError as error:
                 refused.append(Refusal.of(reply.client, error, reply.message_id))
@@ -355,8 +358,10 @@ class SubmodelStrategy(Strategy):
                 f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
+        self._know_partition()
         self._rebuild(checkpoint, client)
         self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
+        self.defence.sizes = dict(saved["prototype-sizes"])
         self.run.rewind(checkpoint.round, saved["events-bytes"])
         text = "resumed after round %d; Flower counts the rounds that are left"
         logger.info(text, checkpoint.round, extra=about(checkpoint.round))
@@ -370,6 +375,7 @@ class SubmodelStrategy(Strategy):
             "clients": clients,
             "empty-rounds": self._empty_rounds,
             "agreements": self.defence.agreements,
+            "prototype-sizes": self.defence.sizes,
             **self._origin,
         }
         with span("server.checkpoint"):
@@ -396,11 +402,10 @@ class SubmodelStrategy(Strategy):
 
     def _begin(self, grid: Grid) -> None:
         self.registry.wait(grid)
-        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
         if self._checkpoint is None:
-            self._start(clients)
+            self._start()
         else:
-            self._go_on(self._checkpoint, clients[0])
+            self._go_on(self._checkpoint, next(iter(self.registry.clients.values())))
         self._begun, self._checkpoint = True, None
 
     def _build(self, client: ClientRecord) -> dict[str, int]:
@@ -416,8 +421,18 @@ class SubmodelStrategy(Strategy):
         self._largest_norm = self.config.defence.largest_norm * norm(initial.numpy()) or math.inf
         return self.build(initial, model.feature_size, client)
 
-    def _start(self, clients: Sequence[ClientRecord]) -> None:
-        first, nodes, wanted = clients[0], self.registry.expected, self.config.partition.nodes
+    def _know_partition(self) -> Known:
+        """Make the partition again, if the data are at hand, so that no client can have more examples than it gives."""
+        digest = next(iter(self.registry.clients.values())).partition_digest
+        known = known_partition(self.config, self.registry.expected, digest)
+        if known is not None:
+            self.registry.limit(largest_counts(known[1]))
+        return known
+
+    def _start(self) -> None:
+        nodes, wanted, known = self.registry.expected, self.config.partition.nodes, self._know_partition()
+        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
+        first = clients[0]
         facts = self._build(first)
         if nodes != wanted:
             logger.warning(
@@ -427,7 +442,7 @@ class SubmodelStrategy(Strategy):
                 wanted,
                 wanted,
             )
-        self.run.write_json("manifest.json", manifest(self.config, nodes, first.partition_digest))
+        self.run.write_json("manifest.json", manifest(known, first.partition_digest))
         self._record(
             "start",
             0,
@@ -502,6 +517,28 @@ class SubmodelStrategy(Strategy):
         if not server.over_sampling or good < server.clients_per_round:
             return list(refused), []
         return [each for each in refused if not each.missing], [each.client for each in refused if each.missing]
+
+    def _read_updates(
+        self, sent: Mapping[str, Outgoing], good: Sequence[Reply], refused: list[Refusal]
+    ) -> list[Accepted]:
+        """The updates in these replies and the bytes of their parts; those that are none are added to the refused."""
+        accepted = []
+        for reply in good:
+            try:
+                accepted.append(self._read_update(sent[reply.client], reply))
+            except FrampError as error:
+                refused.append(Refusal.of(reply.client, error, reply.message_id))
+            else:
+                reply.content.config_records["framp"].clear()  # Flower keeps the replies until the round has ended.
+        return accepted
+
+    def _without_absurd_prototypes(
+        self, sent: Mapping[str, Outgoing], read: Sequence[Accepted]
+    ) -> tuple[list[Accepted], list[Refusal]]:
+        """Set the clients apart whose prototypes no network of the run can have: all others would align to them."""
+        absurd = self.defence.absurd_prototypes({update.client.name: update.prototypes for update, _ in read})
+        refused = [Refusal.of(name, error, sent[name].metadata.message_id) for name, error in absurd.items()]
+        return [each for each in read if each[0].client.name not in absurd], refused
 
     @span("server.decode")
     def _read_update(self, sent: Outgoing, reply: Reply) -> tuple[ClientUpdate, dict[str, int]]:

@@ -413,3 +413,21 @@ def test_bytes_for_people(count: float | None, text: str) -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1.7e308", "1e999", "1" + "0" * 300, "-1"])
+def test_a_report_is_written_whatever_numbers_the_events_hold(tmp_path: Path, number: str) -> None:
+    """Losses, lengths of messages, times and counts of one client; the others are still there."""
+    run = synthetic_run(tmp_path / "run")
+    text = (run.path / "events.jsonl").read_text()
+    line = next(line for line in text.splitlines() if '"kind": "train"' in line and '"client-0003"' in line)
+    event = json.loads(line)
+    event |= {"round": 7, "seconds": "NUMBER"}
+    spoilt = next(row for row in event["clients"] if row["client"] == "client-0003")
+    spoilt |= {"loss": "NUMBER", "held": "NUMBER", "up": dict.fromkeys(spoilt["up"], "NUMBER")}
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event).replace('"NUMBER"', number) + "\n")
+    page = Page(write_report(run.path))
+    assert "client-0003" in page.text
+    assert len([address for address in page.addresses if address.startswith("data:image/png")]) >= 4
+    assert max(len(cell) for row in page.rows for cell in row) < 100

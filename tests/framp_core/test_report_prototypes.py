@@ -69,3 +69,53 @@ def test_a_class_has_one_colour_in_both_panels(classes: list[int]) -> None:
     shared = [axes.collections[1].get_facecolors() for axes in (early, late)]
     np.testing.assert_array_equal(shared[0], shared[1][:-1])
     assert len(np.unique(shared[1], axis=0)) == len(classes)
+
+
+def spoilt(**changes: object) -> dict[str, np.ndarray]:
+    """A snapshot in float32 in which some rows hold other numbers, such as ``local_means=[(0, 3e38)]``."""
+    found = {
+        name: values.astype(np.float32) if "means" in name else values for name, values in snapshot([0, 1, 2]).items()
+    }
+    for name, rows in changes.items():
+        for row, value in rows:  # type: ignore[attr-defined]
+            found[name.replace("_", ".")][row] = value
+    return found
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        spoilt(local_means=[(0, 3e38), (1, -3e38)]),
+        spoilt(global_means=[(0, 3e38)], local_means=[(0, 3e38)]),
+        spoilt(local_means=[(2, np.nan), (3, np.inf)]),
+        spoilt(global_means=[(1, -np.inf)]),
+        spoilt(local_means=[(slice(None), np.nan)]),
+        spoilt(global_means=[(slice(None), 1.0)], local_means=[(slice(None), 1.0)]),
+        spoilt(global_means=[(slice(None), 0.0)], local_means=[(slice(None), 0.0)]),
+        spoilt(local_classes=[(0, 7)]),
+        {name: values * 1e300 if "means" in name else values for name, values in snapshot([0, 1, 2]).items()},
+    ],
+)
+def test_whatever_numbers_a_folder_holds_what_there_is_is_drawn(tmp_path: Path, hostile: dict[str, np.ndarray]) -> None:
+    snapshots = {2: hostile, 9: snapshot([0, 1, 2])}
+    assert drawable(snapshots)
+    figure = Figure()
+    draw_prototypes(figure, snapshots)
+    figure.savefig(tmp_path / "figure.png")
+    places = [np.asarray(points.get_offsets()) for points in figure.axes[0].collections]
+    assert all(np.isfinite(each).all() for each in places)
+    finite = np.isfinite(hostile["global.means"]).all(axis=1)
+    assert len(places[1]) == finite.sum() > 1
+
+
+def test_the_spread_does_not_depend_on_the_scale() -> None:
+    plain = snapshot([0, 1, 2])
+    large = {name: values * 2.0**100 if "means" in name else values for name, values in plain.items()}
+    other = {**plain, "local.means": plain["local.means"] * np.array([1.0, 2.0, 1.0])}
+    assert spread(large) == pytest.approx(spread(plain), rel=1e-12)
+    assert spread(other) != pytest.approx(spread(plain), rel=1e-3)
+
+
+def test_nothing_finite_is_not_drawn() -> None:
+    assert not drawable({2: spoilt(global_means=[(slice(1, None), np.nan)]), 9: snapshot([0, 1])})

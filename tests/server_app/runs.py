@@ -17,10 +17,10 @@ from server_app.strategies import STRATEGIES, SubmodelStrategy
 Handler = Callable[[Message, Context], Message]
 
 
-def app_with(trains: Handler = train, evaluates: Handler = evaluate) -> ClientApp:
-    """The client app with other handlers of train and evaluate messages."""
+def app_with(trains: Handler = train, evaluates: Handler = evaluate, describes: Handler = describe) -> ClientApp:
+    """The client app with other handlers of messages."""
     app = ClientApp()
-    app.query("describe")(describe)
+    app.query("describe")(describes)
     app.train()(trains)
     app.evaluate()(evaluates)
     return app

@@ -10,10 +10,13 @@ from flwr.clientapp import ClientApp
 
 from benchmarks.attackers import ATTACKS, app
 from client_app.app import app as client_app
-from client_app.app import train
+from client_app.app import describe, evaluate, train
 from framp.engines import InProcessGrid
+from framp_core.codec.frame import UPDATE, pack, unpack
+from framp_core.codec.prototypes import decode_prototypes, encode_prototypes
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
+from framp_core.errors import EngineError
 from framp_core.report import write_report
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
@@ -187,3 +190,125 @@ def test_an_over_sampled_round_ends_at_its_deadline(tiny: Build) -> None:
     assert [len(clients) for clients in rows(run)] == [1]
     errors = [row["error"] for row in rows(run, "refused")[0]]
     assert errors == ["no reply before the deadline"] * 5
+
+
+def lying_about_prototypes(value: float, liars: tuple[int, ...] = (1,), classes: slice = slice(None)) -> ClientApp:
+    """A client app whose ``liars`` send prototypes with every entry of ``value``, for these of their classes alone."""
+
+    def trains(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        if context.node_config["partition-id"] in liars:
+            record = reply.content.config_records["framp"]
+            contents = unpack(record["payload"], UPDATE).contents  # type: ignore[arg-type]
+            own = decode_prototypes(memoryview(contents["prototypes"]), 10, 8)
+            assert own is not None
+            own.means[classes] = value
+            record["payload"] = pack(UPDATE, "float32", contents["values"], encode_prototypes(own)).blob  # type: ignore[arg-type]
+        return reply
+
+    return app_with(trains)
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e6, 25.0])
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_absurd_prototypes_are_refused_and_harm_nobody(tiny: Build, value: float, rule: str) -> None:
+    config = tiny({**COHORT, "defence.prototypes": rule, "local.alignment-weight": 1.0})
+    run = run_with(config, {}, lying_about_prototypes(value))
+    assert [[row["client"] for row in refused] for refused in rows(run, "refused")] == [["client-0001"]] * 3
+    assert all(
+        row["error"].startswith("ProtocolError: the features in the prototypes") for [row] in rows(run, "refused")
+    )
+    assert [len(clients) for clients in rows(run)] == [5, 5, 5]
+    assert all(np.abs(kept["global.means"]).max() < 10 for kept in run.prototypes().values())
+    page = (run.path / "report.html").read_text()
+    assert "defence.largest-prototype=20" in page
+    assert 'alt="Prototypes.' in page
+
+
+def test_without_the_bound_the_same_prototypes_end_the_run(tiny: Build) -> None:
+    """The negative control: the honest clients diverge from round 2 on."""
+    values: dict[str, Scalar] = {"defence.largest-prototype": 0.0, "local.alignment-weight": 1.0}
+    run_with(tiny({**COHORT, **values, "rounds": 1}, "one"), {}, lying_about_prototypes(3e38))
+    with pytest.raises(EngineError, match="diverged"):
+        run_with(tiny({**COHORT, **values, "rounds": 4, "server.empty-rounds": 2}), {}, lying_about_prototypes(3e38))
+
+
+def test_one_class_suffices_and_so_does_a_client_alone_in_the_first_round(tiny: Build) -> None:
+    """There is nobody to compare with but the typical size."""
+    values: dict[str, Scalar] = {"local.alignment-weight": 1.0, "server.clients-per-round": 1, "partition.clients": 1}
+    lying = lying_about_prototypes(1e6, (0,), slice(0, 1))
+    with pytest.raises(EngineError, match=r"client-0000: ProtocolError: .* and 20 is the largest that is taken"):
+        run_with(tiny({**COHORT, **values, "rounds": 1}), {}, lying)
+
+
+def test_a_minority_that_agrees_gets_through_no_more_than_one(tiny: Build) -> None:
+    """Two of six, each round a little larger than what was taken before."""
+    config = tiny({**COHORT, "local.alignment-weight": 1.0})
+    run = run_with(config, {}, lying_about_prototypes(21.0, (1, 3)))
+    assert [[row["client"] for row in refused] for refused in rows(run, "refused")] == [
+        ["client-0001", "client-0003"]
+    ] * 3
+
+
+def test_a_resumed_run_remembers_the_sizes(tiny: Build) -> None:
+    run = run_with(tiny({**COHORT, "local.alignment-weight": 1.0}), {}, lying_about_prototypes(1e6))
+    sizes = run.read_checkpoint()[1]["prototype-sizes"]
+    assert sorted(sizes) == ["client-0000", "client-0002", "client-0003", "client-0004", "client-0005"]
+    assert all(0 < size < 10 for size in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("local-total", 10**15), ("union-total", 3), ("validation-total", 10**9), ("local-correct", 10**9)],
+)
+def test_a_client_that_counts_images_that_it_has_not_is_left_out_of_an_evaluation(
+    tiny: Build, key: str, value: int
+) -> None:
+    def evaluates(message: Message, context: Context) -> Message:
+        reply = evaluate(message, context)
+        if context.node_config["partition-id"] == 1:
+            metrics = reply.content.metric_records["metrics"]
+            metrics[key], metrics["local-correct"] = value, min(value, metrics["local-correct"])  # type: ignore[type-var]
+            metrics[key] = value
+        return reply
+
+    run = run_with(tiny({**COHORT, "rounds": 1, "evaluation.every": 1}), {}, app_with(evaluates=evaluates))
+    (event,) = (event for event in run.events() if event["kind"] == "evaluate")
+    assert [row["client"] for row in event["refused"]] == ["client-0001"]
+    assert {row["client"] for row in event["accuracies"]} == {f"client-{number:04d}" for number in (0, 2, 3, 4, 5, 6)}
+
+
+def test_a_reference_in_bytes_is_none_and_ends_no_run(tiny: Build) -> None:
+    def trains(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        reply.content["framp"]["reference"] = b"x" * 1000  # type: ignore[index]
+        return reply
+
+    def describes(message: Message, context: Context) -> Message:
+        reply = describe(message, context)
+        reply.content["framp"]["reference"] = b"x" * 1000  # type: ignore[index]
+        return reply
+
+    lying = app_with(trains, describes=describes)
+    run = run_with(tiny({**COHORT, "rounds": 1}), {}, lying)
+    assert run.read_checkpoint()[1]["clients"][0]["reference"] is None
+
+
+def test_who_registers_with_more_examples_than_the_partition_has_is_refused(tiny: Build) -> None:
+    """The number of examples is the weight of an update: one client must not outweigh all others."""
+
+    def describes(message: Message, context: Context) -> Message:
+        reply = describe(message, context)
+        index = context.node_config["partition-id"]
+        keys = ("train-examples", "local-examples", "validation-examples", "union-examples")
+        if index in (1, 2):
+            reply.content["client"][keys[int(index)]] = 2**31  # type: ignore[index, arg-type]
+        return reply
+
+    run = run_with(tiny({**COHORT, "rounds": 1}), {}, app_with(describes=describes))
+    (start,) = (event for event in run.events() if event["kind"] == "start")
+    errors = [row["error"] for row in start["refused"]]
+    assert [row["client"] for row in start["refused"]] == ["node 1001", "node 1002"]
+    assert "client-0001 registers with 2147483648 local examples" in errors[0]
+    assert "client-0002 registers with 2147483648 validation examples" in errors[1]
+    assert [len(clients) for clients in rows(run)] == [4]

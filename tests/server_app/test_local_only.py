@@ -50,7 +50,7 @@ def initial(config: FrampConfig) -> np.ndarray:
 
 
 def record(name: str, capacity: Fraction = Fraction(1, 4)) -> ClientRecord:
-    return ClientRecord(name, 1, "train", capacity, (1, 8, 8), 10, 50, 5, "digest", np.ones(3, np.float32), 12)
+    return ClientRecord(name, 1, "train", capacity, (1, 8, 8), 10, 50, {}, 5, "digest", np.ones(3, np.float32), 12)
 
 
 def strategy_of(config: FrampConfig, path: Path) -> LocalOnlyStrategy:

@@ -1,5 +1,6 @@
 """What an operator sees of a run: its log, its metrics file, its status."""
 
+import io
 import json
 import logging
 import shutil
@@ -14,16 +15,19 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from typer.testing import CliRunner
 
 from client_app.app import app as client_app
 from client_app.app import train
 from framp import cli
 from framp.engines import InProcessGrid
+from framp.progress import RunProgress
 from framp.status import RunStatus
 from framp_core.config import FrampConfig
 from framp_core.errors import EngineError, RunFolderError
 from framp_core.metrics import accuracies, summarise
+from framp_core.report import write_report
 from framp_core.run_folder import RunFolder
 from framp_core.run_log import about, failure, run_log
 from framp_core.run_metrics import RunMetrics, reason_of
@@ -335,6 +339,53 @@ def test_the_command(tiny: Build, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         cli.main()
     assert stop.value.code == 1
     assert "is not a run folder" in capfd.readouterr().err
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b2J\u202e\r"
+
+
+@pytest.mark.parametrize("size", [1, 30_000])
+def test_an_error_record_neither_steers_the_terminal_nor_fills_the_folder(
+    tiny: Build, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server_app.app.write_report", write_report)
+
+    def fails(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] != 1:
+            return train(message, context)
+        texts = dict.fromkeys(("type", "reason", "traceback"), ESCAPES * size)
+        return Message(RecordDict({"error": ConfigRecord(texts)}), reply_to=message)  # type: ignore[arg-type]
+
+    config = tiny({"server.clients-per-round": 4})
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    with RunProgress(console, Path(config.output.folder), config.rounds):
+        run = run_with(config, app_with(fails))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    status = CliRunner().invoke(cli.app, ["status", str(run.path)]).output
+    page = write_report(run.path).read_text()
+    texts = [shown, status, page, RunStatus.of(run.path).last_refusal or ""]
+    texts += [line["text"] for line in log_of(run.path)]
+    texts += [json.dumps(event, ensure_ascii=False) for event in run.events()]
+    assert all(r"\x1b]0;owned\x07" in text.replace("\\\\", "\\") for text in (shown, page, texts[3]))
+    assert "owned" in status
+    for text in texts:
+        assert not set("\x1b\x07\x9b\u202e\r") & set(text)
+    refused = [row for event in run.events() for row in event.get("refused", [])]
+    assert [row["client"] for row in refused] == ["client-0001"] * 2
+    assert all(len(row["error"]) <= 1000 and len(row["traceback"]) <= 4000 for row in refused)
+
+
+def test_an_older_folder_is_shown_in_the_same_way(tmp_path: Path) -> None:
+    """Its events hold what a client wrote, as it was."""
+    run = RunFolder.create(tmp_path / "run", FrampConfig())
+    row = {"client": f"a{ESCAPES}", "error": ESCAPES * 9_000, "traceback": f"Traceback\n{ESCAPES}" * 9_000}
+    run.event("join", 1, clients=[{"client": ESCAPES, "role": ESCAPES, "capacity": "1"}], refused=[row], seconds=1.0)
+    (run.path / "log.jsonl").write_text(json.dumps({"text": f"the run failed: EngineError: {ESCAPES}"}) + "\n")
+    status, page = CliRunner().invoke(cli.app, ["status", str(run.path)]).output, write_report(run.path).read_text()
+    for text in (status, page):
+        assert "owned" in text
+        assert not set("\x1b\x07\x9b\u202e\r") & set(text)
+        assert len(text) < 60_000
 
 
 # --- new clients --------------------------------------------------------------------------------------------------

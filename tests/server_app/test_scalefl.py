@@ -195,7 +195,7 @@ def test_one_exit_is_heterofl_where_every_client_holds_every_class(tiny):
 
 def record(capacity: str) -> ClientRecord:
     shape, classes, descriptor = (1, 8, 8), 10, np.zeros(2, np.float32)
-    return ClientRecord("client", 1, "train", Fraction(capacity), shape, classes, 1, 1, "", descriptor, 0)
+    return ClientRecord("client", 1, "train", Fraction(capacity), shape, classes, 1, {}, 1, "", descriptor, 0)
 
 
 def prepared(config: FrampConfig) -> ScaleFLStrategy:

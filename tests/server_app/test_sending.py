@@ -32,7 +32,7 @@ FORMATS: tuple[ValueFormat, ...] = ("float32", "bfloat16", "int8")
 
 
 def record(name: str, capacity: str) -> ClientRecord:
-    return ClientRecord(name, 0, "train", Fraction(capacity), (1, 8, 8), 10, 1, 1, "", np.zeros(1, np.float32), 4)
+    return ClientRecord(name, 0, "train", Fraction(capacity), (1, 8, 8), 10, 1, {}, 1, "", np.zeros(1, np.float32), 4)
 
 
 def models(count: int) -> list[np.ndarray]:

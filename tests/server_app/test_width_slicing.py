@@ -133,7 +133,7 @@ def test_full_width_is_fedavg(tiny, method, monkeypatch):
 
 def record(capacity: str) -> ClientRecord:
     shape, classes, descriptor = (1, 8, 8), 10, np.zeros(2, np.float32)
-    return ClientRecord("client", 1, "train", Fraction(capacity), shape, classes, 1, 1, "", descriptor, 0)
+    return ClientRecord("client", 1, "train", Fraction(capacity), shape, classes, 1, {}, 1, "", descriptor, 0)
 
 
 def prepared(config: FrampConfig, strategy_class: type[HeteroFLStrategy], theta: torch.Tensor) -> HeteroFLStrategy:
