@@ -122,6 +122,8 @@ def test_sizes_of_the_run_that_are_not_smaller_play_no_part() -> None:
     np.testing.assert_array_equal(train(with_larger, quarter)[0].delta, train(without, quarter)[0].delta)
 
 
-def test_nesting_and_the_threshold_gradient_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"local.nested-share.*local.threshold-gradient"):
-        FrampConfig.from_flat({"local.nested-share": 0.5, "local.threshold-gradient": True})
+@pytest.mark.parametrize("mask", ["following", "threshold-controlled"])
+def test_nesting_and_a_mask_that_moves_exclude_each_other(mask: str) -> None:
+    with pytest.raises(ConfigError, match=rf"local.nested-share=0.5 and local.mask='{mask}' exclude"):
+        FrampConfig.from_flat({"local.nested-share": 0.5, "local.mask": mask})
+    assert FrampConfig.from_flat({"local.nested-share": 0.0, "local.mask": mask}).local.mask == mask
