@@ -299,6 +299,9 @@ class LocalConfig(_Section):
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(
+        0.0, ge=0, description="largest L2 norm of the gradient of a step (HeteroFL's and FedRolex's code: 1); 0: off"
+    )
     prior_strength: float = Field(
         1.0, ge=0, description="tau of the logit adjustment by the client's class prior in the loss; 0: off"
     )

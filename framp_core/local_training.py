@@ -286,12 +286,22 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
             losses = losses_of(batches)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             weights.pull_back()
+            if local.gradient_clip > 0:
+                _clip(parameters, local.gradient_clip)
             optimizer.step()
             history.append(losses.detach())
     weights.finish()
     trained, deltas = map(parameters.rows, (parameters.flat.detach(), weights.latent.detach() - weights.start))
     outcomes = zip(trained, deltas, torch.stack(history, dim=1), tasks, strict=True)
     return [_result(*each) for each in outcomes]
+
+
+def _clip(parameters: FlatModel, limit: float) -> None:
+    """Scale the gradient of each network to an L2 norm of at most ``limit``, as ``torch.nn.utils.clip_grad_norm_``."""
+    for own in parameters.places(parameters.flat_gradient):
+        factor = (limit / (nn.utils.get_total_norm(own) + 1e-6)).clamp(max=1.0)
+        for part in own:
+            part.mul_(factor)
 
 
 def _start(task: LocalTask) -> Tensor:

@@ -88,6 +88,16 @@ _PUBLISHED = {
         {**_HETEROFL, "method": "fedrolex", "model.slim-width": "budget"},
         "as above",
     ),
+    "heterofl-clipped": Method(
+        "HeteroFL, clipped",
+        {**_HETEROFL, "method": "heterofl", "local.gradient-clip": 1.0},
+        "as above; the gradient of a step clipped to norm 1, as in the released code",
+    ),
+    "fedrolex-clipped": Method(
+        "FedRolex, clipped",
+        {**_HETEROFL, "method": "fedrolex", "local.gradient-clip": 1.0},
+        "as above",
+    ),
     "scalefl": Method(
         "ScaleFL",
         {**GLOBAL_MODEL, "method": "scalefl", "model.exits": 0, "local.distillation-weight": 0.05},

@@ -6,10 +6,10 @@ from server_app.strategies.heterofl import HeteroFLStrategy
 class FedRolexStrategy(HeteroFLStrategy):
     """HeteroFL whose slices start one channel further in every round and wrap around.
 
-    All clients share the offset, ``(round - 1) mod C`` in a layer of C channels, so that every channel is trained by the
-    smallest clients once in C rounds. An evaluation after a round cuts the window of that round.
+    All clients share the offset, ``(round - 1) mod C`` in a layer of C channels, so that every channel is trained by
+    the smallest clients once in C rounds. An evaluation after a round cuts the window of that round.
 
-    This is the paper's method. The released code differs in three ways. It rolls the other way: it rolls the list of
+    The released code differs in three ways. It rolls the other way: it rolls the list of
     channels, so that its window starts at ``-(round - 1) mod C``. It averages convolutions over their holders, as here,
     and of norm parameters, biases and the head it makes a mean that weighs a client by its place in the list: the
     weights are to count how often a coordinate was updated before, which would cancel, but after the first tensor the

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Scalar]] = {
     "the method": {},
     "plain": {"local.nested-share": 0.0, "local.alignment-weight": 0.0, "local.prior-strength": 0.0},
     "momentum and decay": {"local.momentum": 0.9, "local.weight-decay": 1e-3, "local.learning-rate": 0.03},
+    "gradients clipped": {"local.gradient-clip": 0.5, "local.momentum": 0.9, "local.learning-rate": 0.03},
     "Adam": {"local.optimizer": "adam", "local.learning-rate": 1e-3},
     "cosine": {"local.alignment-distance": "cosine", "local.alignment-weight": 1.0},
     "FIARSE": {"local.mask": "threshold-controlled", "local.nested-share": 0.0},
