@@ -9,12 +9,12 @@ class FedRolexStrategy(HeteroFLStrategy):
     All clients share the offset, ``(round - 1) mod C`` in a layer of C channels, so that every channel is trained by
     the smallest clients once in C rounds. An evaluation after a round cuts the window of that round.
 
-    The released code differs in three ways. It rolls the other way: it rolls the list of
-    channels, so that its window starts at ``-(round - 1) mod C``. It averages convolutions over their holders, as here,
-    and of norm parameters, biases and the head it makes a mean that weighs a client by its place in the list: the
-    weights are to count how often a coordinate was updated before, which would cancel, but after the first tensor the
-    counter is incremented within the loop over the clients that reads it. And it measures the full model alone.
-    What HeteroFL's docstring says of the gradient's norm and the scaler holds here, too.
+    Every element is the plain mean over its holders, and the window rolls upwards, as in the paper. The released code,
+    besides what HeteroFL's docstring says of clipping, scaler and recipe, rolls the other way: it rolls the list of
+    channels, so that its window starts at ``-(round - 1) mod C``. It averages convolutions as here, but norm
+    parameters, biases and the head with a weight that depends on a client's place in the list: the weight is to count
+    how often the element was updated before, which would cancel, but after the first tensor the counter is incremented
+    within the loop over the clients that reads it. And it measures the full model alone.
     """
 
     def shift(self, server_round: int) -> int:

@@ -31,8 +31,8 @@ class HeteroFLStrategy(FrampStrategy):
     - The scaler, which divides the activations of a slim network by its width before each normalisation in training, is
       left out: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, and so do batch statistics. Without
       normalisation (``mlp``, ``model.normalisation`` none) it would rescale: there this is another method.
-    - The code clips the gradient to norm 1 at every step: here ``local.gradient-clip``, off by default;
-      the method ``heterofl-clipped`` sets it.
+    - The code clips the gradient to norm 1 at every step: here ``local.gradient-clip``, off by default; the method
+      ``heterofl-clipped`` sets it.
     - It tests the full model on every client's data with the logits of absent classes masked as in training, after
       estimating its norms' statistics anew; here a client's own submodel is tested, unmasked, and
       ``evaluation.local-prior-strength`` says how much of the class prior is added.
