@@ -301,6 +301,9 @@ class LocalConfig(_Section):
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(
+        0.0, ge=0, description="largest L2 norm of the gradient of a step (HeteroFL's and FedRolex's code: 1); 0: off"
+    )
     prior_strength: float = Field(
         1.0, ge=0, description="tau of the logit adjustment by the client's class prior in the loss; 0: off"
     )
@@ -311,7 +314,11 @@ class LocalConfig(_Section):
         0.5, ge=0, le=1, description="share of the steps that train a smaller submodel inside the own one; 0: off"
     )
     masked_cross_entropy: bool = Field(False, description="HeteroFL: logits of classes the client lacks are set to 0")
-    threshold_gradient: bool = Field(False, description="FIARSE: gradient scaled by distance from the threshold")
+    mask: Literal["fixed", "following", "threshold-controlled"] = Field(
+        "fixed",
+        description="while a client trains: as received; or after the weights, which drop out below the round's "
+        "threshold (FIARSE's released code); or also differentiated (FIARSE's paper: gradient scaled by 1 to 1.5)",
+    )
     distillation_weight: float = Field(
         0.0, ge=0, description="ScaleFL: gamma of the distillation from the deepest exit into the earlier ones; 0: off"
     )
@@ -331,10 +338,10 @@ class LocalConfig(_Section):
 
     @model_validator(mode="after")
     def _one_kind_of_weights(self) -> Self:
-        if self.nested_share and self.threshold_gradient:
+        if self.nested_share and self.mask != "fixed":
             raise ValueError(
-                f"local.nested-share={self.nested_share:g} and local.threshold-gradient=true exclude each other; "
-                f"set one of them to 0 or false"
+                f"local.nested-share={self.nested_share:g} and local.mask={self.mask!r} exclude each other; "
+                f"set local.nested-share to 0 or local.mask to 'fixed'"
             )
         return self
 
@@ -499,7 +506,7 @@ class OutputConfig(_Section):
 class FrampConfig(_Section):
     """The whole configuration of a run."""
 
-    method: Literal["framp", "fiarse", "heterofl", "fedrolex", "scalefl", "local"] = Field(
+    method: Literal["framp", "fiarse", "fiarse-released", "heterofl", "fedrolex", "scalefl", "local"] = Field(
         "framp", description="the strategy; what its paper fixes besides stands in framp_core/methods.py"
     )
     seed: int = Field(0, ge=0, description="root of every random stream")

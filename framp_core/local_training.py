@@ -16,7 +16,7 @@ from framp_core.data.examples import ClientData, Examples
 from framp_core.errors import ConfigError, ModelError
 from framp_core.graph_batch import Inputs
 from framp_core.layout import ParameterLayout
-from framp_core.local_weights import KeptWeights, NestedWeights, ThresholdedWeights
+from framp_core.local_weights import FollowingWeights, KeptWeights, NestedWeights, ThresholdControlledWeights
 from framp_core.masking import extract
 from framp_core.models import FlatModel
 from framp_core.prototypes import Prototypes, alignment_loss, local_prototypes
@@ -198,8 +198,8 @@ def train_locally(
     Dropped weights are zero, get no gradient and stay zero, also under momentum and weight decay.
     ``local.masked_cross_entropy`` is HeteroFL's loss, ``local.distillation_weight`` ScaleFL's distillation between the
     exits of a network that has several; ``local.nested_share`` trains nested smaller sizes too
-    (:mod:`framp_core.local_weights`), and ``local.threshold_gradient`` is FIARSE's gradient, under which a kept weight
-    that falls below the round's threshold is left out of ``model`` and yet keeps its value in the delta.
+    (:mod:`framp_core.local_weights`). Where ``local.mask`` is not fixed (FIARSE), a kept weight that falls below the
+    round's threshold is left out of ``model`` and yet keeps its value in the delta.
 
     Args:
         model: the network to train; all of its parameters are overwritten.
@@ -286,12 +286,22 @@ def train_side_by_side(networks: Networks, tasks: Sequence[LocalTask]) -> list[L
             losses = losses_of(batches)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             weights.pull_back()
+            if local.gradient_clip > 0:
+                _clip(parameters, local.gradient_clip)
             optimizer.step()
             history.append(losses.detach())
     weights.finish()
     trained, deltas = map(parameters.rows, (parameters.flat.detach(), weights.latent.detach() - weights.start))
     outcomes = zip(trained, deltas, torch.stack(history, dim=1), tasks, strict=True)
     return [_result(*each) for each in outcomes]
+
+
+def _clip(parameters: FlatModel, limit: float) -> None:
+    """Scale the gradient of each network to an L2 norm of at most ``limit``, as ``torch.nn.utils.clip_grad_norm_``."""
+    for own in parameters.places(parameters.flat_gradient):
+        factor = (limit / (nn.utils.get_total_norm(own) + 1e-6)).clamp(max=1.0)
+        for part in own:
+            part.mul_(factor)
 
 
 def _start(task: LocalTask) -> Tensor:
@@ -310,8 +320,10 @@ def _trained_weights(networks: Networks, start: Tensor, tasks: Sequence[LocalTas
     parameters, local = networks.parameters, tasks[0].config.local
     # In the type of the weights: PyTorch would convert a mask of bool at each product.
     kept = torch.stack([_kept(task) for task in tasks]).to(start)
-    if local.threshold_gradient:
-        return ThresholdedWeights(parameters, start, kept)
+    if local.mask == "following":
+        return FollowingWeights(parameters, start, kept)
+    if local.mask == "threshold-controlled":
+        return ThresholdControlledWeights(parameters, start, kept)
     if local.nested_share == 0:
         return KeptWeights(parameters, start, kept)
     smaller = [_smaller_masks(task, networks.layout) for task in tasks]

@@ -4,13 +4,16 @@ What is given for K networks that train side by side is ``(K, n)``; what is kept
 (:meth:`framp_core.models.FlatModel.arranged`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from framp_core.models import FlatModel
+
+BLOCK = 65_536
+"""Floats of a part of a vector: with its like of several vectors it fits into the cache of a core."""
 
 
 class KeptWeights:
@@ -48,41 +51,56 @@ class _LatentWeights(KeptWeights):
         self.latent.grad = model.flat_gradient
 
 
-class ThresholdedWeights(_LatentWeights):
-    """FIARSE's threshold-controlled biased gradient descent (Wu et al., NeurIPS 2024, arXiv 2407.19389).
+class FollowingWeights(_LatentWeights):
+    """The mask follows the weights, as FIARSE's released code trains (Wu et al., NeurIPS 2024, arXiv 2407.19389).
 
     The network runs ``w = x * M`` with ``M = 1[|x| >= theta]`` on the kept maskable weights and 1 on the
     always-kept ones. theta is the smallest |x| of a kept maskable weight as received and stays for the round; M
-    follows x, so that a weight which falls below theta drops out. With the mask's derivative taken as
-    ``dM/d|x| = 2 * theta / (|x| + theta)^2`` where M is 1, the gradient with respect to x is
-
-        ``dF/dw * M * (1 + 2 * |x| * theta / (|x| + theta)^2)``,
-
-    a factor in [1, 1.5]: 1.5 at the threshold, 1 far above it. Without momentum and weight decay, as published, a
-    weight that dropped out keeps its value.
+    is taken anew at every step, so that a weight which falls below theta drops out. The gradient with respect to x is
+    ``dF/dw * M``: the released code defines a derivative of M, too, but its M is a tensor of bool, which autograd does
+    not differentiate. Without momentum and weight decay, as published, a weight that dropped out keeps its value.
     """
 
     def __init__(self, model: FlatModel, start: Tensor, kept: Tensor) -> None:
         super().__init__(model, start, kept)
-        self.ranked = torch.from_numpy(model.layout.maskable).to(start.device) & self.kept.bool()
-        sizes = model.rows(torch.where(self.ranked, self.start.abs(), torch.inf))
-        self.threshold = model.arranged(sizes.amin(dim=1, keepdim=True).expand_as(sizes))
+        held = self.kept.bool()
+        ranked = torch.from_numpy(model.layout.maskable).to(start.device) & held
+        sizes = model.rows(torch.where(ranked, self.start.abs(), torch.inf))
+        theta = model.arranged(sizes.amin(dim=1, keepdim=True).expand_as(sizes))
+        # With 0 for what is always kept and infinity for what is dropped, M is |x| >= threshold everywhere.
+        self.threshold = torch.where(ranked, theta, torch.where(held, 0.0, torch.inf))
 
     def show(self) -> None:
         """Run what is above the threshold."""
-        self.model.load_product(self.latent, self._mask())
+        for latent, threshold, shown in _in_blocks(self.latent.detach(), self.threshold, self.model.flat.detach()):
+            torch.mul(latent, latent.abs() >= threshold, out=shown)
 
     def pull_back(self) -> None:
-        """Multiply by the mask and by the mask's own derivative."""
-        super().pull_back()
-        size = self.latent.detach().abs()
-        # 0 / 0 := 0: a threshold of 0, a kept weight that is 0, leaves plain training.
-        share = size / (size + self.threshold).clamp_min(torch.finfo(size.dtype).tiny)
-        self.model.flat_gradient.mul_(torch.where(self.ranked, self._mask() * (1 + 2 * share * (1 - share)), 1.0))
+        """Multiply by the derivative of w with respect to x."""
+        for latent, threshold, gradient in _in_blocks(self.latent.detach(), self.threshold, self.model.flat_gradient):
+            gradient.mul_(self._derivative(latent.abs(), threshold))
 
-    def _mask(self) -> Tensor:
-        """M, bool; true where the weight is not ranked."""
-        return ~self.ranked | (self.latent.detach().abs() >= self.threshold)
+    def _derivative(self, size: Tensor, threshold: Tensor) -> Tensor:
+        """Of w with respect to x, given |x|: M."""
+        return size >= threshold
+
+
+class ThresholdControlledWeights(FollowingWeights):
+    """FIARSE's threshold-controlled biased gradient descent, as in its paper.
+
+    As :class:`FollowingWeights`, and M has the derivative ``dM/d|x| = 2 * theta / (|x| + theta)^2`` where it is 1, so
+    that the gradient with respect to x is
+
+        ``dF/dw * M * (1 + 2 * |x| * theta / (|x| + theta)^2)``,
+
+    a factor in [1, 1.5]: 1.5 at the threshold, 1 far above it.
+    """
+
+    def _derivative(self, size: Tensor, threshold: Tensor) -> Tensor:
+        """Of w with respect to x, given |x|: M + |x| * dM/d|x|."""
+        # 0 / 0 := 0: a threshold of 0, a kept weight that is 0, leaves plain training.
+        share = (size / (size + threshold)).nan_to_num_(0.0)
+        return super()._derivative(size, threshold) * (1 + 2 * share * (1 - share))
 
 
 class NestedWeights(_LatentWeights):
@@ -139,6 +157,14 @@ class NestedWeights(_LatentWeights):
     def _draw(self, choices: Sequence[Sequence[Tensor]], rng: np.random.Generator) -> int:
         """0 is the client's own mask."""
         return 1 + int(rng.integers(len(choices) - 1)) if len(choices) > 1 and rng.random() < self.share else 0
+
+
+def _in_blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of vectors of one length, part after part: on a CPU parts that stay in its cache over several operations,
+    on a GPU, where every operation has to be started, all at once.
+    """
+    size = BLOCK if vectors[0].device.type == "cpu" else len(vectors[0])
+    return zip(*(torch.split(vector, size) for vector in vectors), strict=True)
 
 
 def _on(device: torch.device, masks: Sequence[np.ndarray]) -> list[Tensor]:

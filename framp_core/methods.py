@@ -21,7 +21,7 @@ GLOBAL_MODEL: Settings = {
     "local.prior-strength": 0.0,
     "local.alignment-weight": 0.0,
     "local.nested-share": 0.0,
-    "local.threshold-gradient": False,
+    "local.mask": "fixed",
     "local.masked-cross-entropy": False,
     "local.distillation-weight": 0.0,
     "model.exits": 1,
@@ -62,17 +62,19 @@ class Method:
 
 _HETEROFL: Settings = {**GLOBAL_MODEL, "local.masked-cross-entropy": True}
 
+_FIARSE: Settings = {**GLOBAL_MODEL, "extraction.name": "global-top-k", "extraction.fan-in-exponent": 0.0}
+
 _PUBLISHED = {
     "fiarse": Method(
         "FIARSE",
-        {
-            **GLOBAL_MODEL,
-            "method": "fiarse",
-            "local.threshold-gradient": True,
-            "extraction.name": "global-top-k",
-            "extraction.fan-in-exponent": 0.0,
-        },
-        "Wu et al., NeurIPS 2024, arXiv 2407.19389",
+        {**_FIARSE, "method": "fiarse", "local.mask": "threshold-controlled"},
+        "Wu et al., NeurIPS 2024, arXiv 2407.19389, as in the paper: the gradient includes the mask's derivative",
+    ),
+    "fiarse-released": Method(
+        "FIARSE, released code",
+        {**_FIARSE, "method": "fiarse-released", "local.mask": "following", "server.weighting": "non-zero"},
+        "as its authors' code runs: a bool mask, which autograd does not differentiate, and the mean over the clients "
+        "that moved a coordinate",
     ),
     "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
     "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
@@ -84,6 +86,16 @@ _PUBLISHED = {
     "fedrolex-budget": Method(
         "FedRolex, nearest the budget",
         {**_HETEROFL, "method": "fedrolex", "model.slim-width": "budget"},
+        "as above",
+    ),
+    "heterofl-clipped": Method(
+        "HeteroFL, clipped",
+        {**_HETEROFL, "method": "heterofl", "local.gradient-clip": 1.0},
+        "as above; the gradient of a step clipped to norm 1, as in the released code",
+    ),
+    "fedrolex-clipped": Method(
+        "FedRolex, clipped",
+        {**_HETEROFL, "method": "fedrolex", "local.gradient-clip": 1.0},
         "as above",
     ),
     "scalefl": Method(

@@ -25,7 +25,7 @@ class GeneratorUpdate:
     divided per coordinate by ``sum_i w_i m_ij``, that is, averaged over the clients that hold the coordinate, and is
     0 where none does (HeteroFL and FIARSE count so; the masks are carried explicitly, never read off zeros). FIARSE's
     code does read them off zeros, which leaves out the clients that hold a coordinate and did not move it; ``non-zero``
-    is that published form.
+    is the code's form.
 
     The experts of a mixture then learn by :class:`framp_core.expert_update.ExpertUpdate` instead of the plain product.
 

@@ -66,7 +66,7 @@ def test_the_published_preset_ranks_what_fiarse_ranks() -> None:
 
 
 PUBLISHED_FIARSE = {
-    "method": "fiarse",
+    "method": "fiarse-released",
     "seed": 0,
     "rounds": 800,
     "data.normalisation": "published",
@@ -88,6 +88,7 @@ PUBLISHED_FIARSE = {
     "local.momentum": 0.0,
     "local.weight-decay": 0.0,
     "local.reshuffle": False,
+    "local.mask": "following",
     "server.clients-per-round": 10,
     "server.shared-learning-rate": 1.0,
     "evaluation.every": 20,
@@ -105,9 +106,12 @@ def test_the_published_preset_is_fiarses_command_line() -> None:
     config = FrampConfig.load(PRESETS / "fiarse-cifar10.toml", {"data.root": "/data"})
     flat = config.to_flat()
     assert {key: flat[key] for key in PUBLISHED_FIARSE} == PUBLISHED_FIARSE
-    registry = METHODS["fiarse"].settings
-    differing = {key: flat[key] for key, value in registry.items() if flat[key] != value}
-    assert differing == {"server.weighting": "non-zero"}  # as the code, not the paper's equation
+    differing = {
+        name: {key: flat[key] for key, value in METHODS[name].settings.items() if flat[key] != value}
+        for name in ("fiarse-released", "fiarse")
+    }
+    code = {"method": "fiarse-released", "local.mask": "following", "server.weighting": "non-zero"}
+    assert differing == {"fiarse-released": {}, "fiarse": code}
 
     train, test = (np.repeat(np.arange(10), images // 10) for images in (50_000, 10_000))
     clients = make_partition(config, train, test, 10).clients

@@ -22,12 +22,21 @@ class HeteroFLStrategy(FrampStrategy):
     m_i of a head's row leave out the clients without examples of its class. The masks say what is covered; a Delta of
     zero still counts.
 
-    Left out is the paper's scaler, which divides the activations of a slim network by its width before each
-    normalisation in training: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, and so do batch statistics, so
-    that here it would do nothing. Without normalisation it would rescale, and is left out as well.
-    The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` the other published settings
+    The masked cross-entropy is ``local.masked-cross-entropy``; with ``method=heterofl`` extraction, loss and average
     come from ``framp_core/methods.py``. :meth:`shift` is the hook for other windows, :meth:`covered` that for other
     averages.
+
+    Where it differs from the released code:
+
+    - The scaler, which divides the activations of a slim network by its width before each normalisation in training, is
+      left out: GroupNorm(x / s) equals GroupNorm(x) up to its epsilon, and so do batch statistics. Without
+      normalisation (``mlp``, ``model.normalisation`` none) it would rescale: there this is another method.
+    - The code clips the gradient to norm 1 at every step: here ``local.gradient-clip``, off by default; the method
+      ``heterofl-clipped`` sets it.
+    - It tests the full model on every client's data with the logits of absent classes masked as in training, after
+      estimating its norms' statistics anew; here a client's own submodel is tested, unmasked, and
+      ``evaluation.local-prior-strength`` says how much of the class prior is added.
+    - Momentum, weight decay, learning rate and its steps are the configuration's.
     """
 
     slim: ClassVar[bool] = True

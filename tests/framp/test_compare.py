@@ -124,7 +124,7 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], words: str, tmp_
 
 
 def test_a_preset_of_another_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'fiarse-cifar10' has method = 'fiarse'"):
+    with pytest.raises(ConfigError, match="'fiarse-cifar10' has method = 'fiarse-released'"):
         Comparison(find_preset("fiarse-cifar10"), {}, ("framp",), (0,), tmp_path)
 
 

@@ -221,7 +221,7 @@ def test_an_unfinished_run_gives_the_model_of_its_newest_checkpoint(finished: Ru
     assert personalise(one.path, client=UNSEEN).accuracy == personalise(longer.path, client=UNSEEN).accuracy
 
 
-@pytest.mark.parametrize("method", ["fiarse", "fedavg", "framp-low-rank"])
+@pytest.mark.parametrize("method", ["fiarse", "fiarse-released", "fedavg", "framp-low-rank"])
 def test_other_methods_with_a_generator_serve_too(method: str, tmp_path: Path) -> None:
     plain = {key: value for key, value in RUN.items() if key != "generator.name"}
     values = settings_of(method, {**plain, "local.nested-share": 0.0, "local.alignment-weight": 0.0, "rounds": 1})

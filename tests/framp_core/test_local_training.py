@@ -438,3 +438,36 @@ def test_cuda_comes_with_repeatable_convolutions(name: str, repeatable: bool, mo
     resolve_device(name)  # type: ignore[arg-type]
     assert torch.backends.cudnn.deterministic is repeatable
     assert torch.backends.cudnn.benchmark is not repeatable
+
+
+def clipped_by_torch(config: FrampConfig, mask: np.ndarray, limit: float) -> tuple[np.ndarray, list[float]]:
+    """Delta of an ordinary module under PyTorch's own clipping, and the norms before it."""
+    network, data = build_model(config.model, SHAPE, CLASSES), some_client()
+    kept, start = torch.from_numpy(mask), torch.from_numpy(initial(config) * mask)
+    vector_to_parameters(start.clone(), network.parameters())
+    optimizer = torch.optim.SGD(network.parameters(), config.local.learning_rate, momentum=config.local.momentum)
+    held = torch.split(kept, [parameter.numel() for parameter in network.parameters()])
+    norms = []
+    for positions in batch_positions(len(data.train), 5, config.local.steps, np.random.default_rng(7)):
+        images, labels = data.train.batch(positions)
+        optimizer.zero_grad()
+        F.cross_entropy(network(NORMALISER(images))[0], labels).backward()
+        for parameter, part in zip(network.parameters(), held, strict=True):
+            assert parameter.grad is not None
+            parameter.grad *= part.view_as(parameter)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), limit)))
+        optimizer.step()
+    return (parameters_to_vector(network.parameters()) - start).detach().numpy(), norms
+
+
+def test_gradients_are_clipped_as_pytorch_clips_them() -> None:
+    """What the mask drops has no part in the norm, and momentum follows the clipping."""
+    plain: dict[str, Scalar] = {"local.momentum": 0.9, "local.prior-strength": 0.0, "local.alignment-weight": 0.0}
+    config = config_of(**plain, **{"local.gradient-clip": 0.6})
+    mask = random_mask(config, 0.5)
+    expected, norms = clipped_by_torch(config, mask, 0.6)
+    assert min(norms) < 0.6 < max(norms), "it must bite in some steps and not in others"
+    np.testing.assert_allclose(train(config, mask).delta, expected, rtol=0, atol=1e-6)
+    assert np.abs(train(config_of(**plain), mask).delta - expected).max() > 1e-3
+    loose = config_of(**plain, **{"local.gradient-clip": 2 * max(norms) + 10})
+    np.testing.assert_array_equal(train(loose, mask).delta, train(config_of(**plain), mask).delta)

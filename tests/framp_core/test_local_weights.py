@@ -1,4 +1,4 @@
-"""Nested steps: small sizes learn inside large clients, and everything else stays as it is."""
+"""Weights while they train: nested steps, and masks that follow the weights."""
 
 from fractions import Fraction
 
@@ -14,6 +14,7 @@ from framp_core.data.examples import batch_positions
 from framp_core.data.transforms import Normaliser
 from framp_core.errors import ConfigError
 from framp_core.local_training import LocalResult, train_locally
+from framp_core.local_weights import FollowingWeights, ThresholdControlledWeights
 from framp_core.masking import extract
 from framp_core.models import FlatModel, build_model, initial_parameters
 
@@ -122,6 +123,39 @@ def test_sizes_of_the_run_that_are_not_smaller_play_no_part() -> None:
     np.testing.assert_array_equal(train(with_larger, quarter)[0].delta, train(without, quarter)[0].delta)
 
 
-def test_nesting_and_the_threshold_gradient_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"local.nested-share.*local.threshold-gradient"):
-        FrampConfig.from_flat({"local.nested-share": 0.5, "local.threshold-gradient": True})
+@pytest.mark.parametrize("mask", ["following", "threshold-controlled"])
+def test_nesting_and_a_mask_that_moves_exclude_each_other(mask: str) -> None:
+    with pytest.raises(ConfigError, match=rf"local.nested-share=0.5 and local.mask='{mask}' exclude"):
+        FrampConfig.from_flat({"local.nested-share": 0.5, "local.mask": mask})
+    assert FrampConfig.from_flat({"local.nested-share": 0.0, "local.mask": mask}).local.mask == mask
+
+
+@pytest.mark.parametrize("block", [1, 97, 65_536])
+@pytest.mark.parametrize("kind", [FollowingWeights, ThresholdControlledWeights])
+def test_masks_in_blocks_are_those_of_whole_vectors_bit_for_bit(
+    kind: type[FollowingWeights], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the weights moved: some fell below the threshold, some are exactly at it, some are 0."""
+    monkeypatch.setattr("framp_core.local_weights.BLOCK", block)
+    config = config_of(0.0)
+    model, (mask,) = FlatModel(build_model(config.model, SHAPE, CLASSES)), masks_of(config, (Fraction(1, 4),))
+    start, kept = torch.from_numpy(start_of(config) * mask), torch.from_numpy(mask)
+    ranked = kept & torch.from_numpy(model.layout.maskable)
+    weights, theta = kind(model, start[None], kept[None].float()), start[ranked].abs().min()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        weights.latent.mul_(0.5 + torch.rand(len(start), generator=generator))
+        weights.latent[ranked.nonzero()[:2, 0]] = torch.tensor([0.0, -float(theta)])
+    gradient = torch.randn(len(start), generator=generator)
+    size = weights.latent.detach().abs()
+    above = ~ranked | (size >= theta)
+    share = size / (size + theta)
+    slope = 1 + 2 * share * (1 - share) if kind is ThresholdControlledWeights else torch.ones(len(start))
+    assert 2 < int((ranked & ~above).sum()) < int(ranked.sum()) - 2
+
+    model.flat_gradient.copy_(gradient)
+    weights.show()
+    weights.pull_back()
+    torch.testing.assert_close(model.flat.detach(), weights.latent.detach() * above, rtol=0, atol=0)
+    expected = gradient * kept * torch.where(ranked, above * slope, 1.0)
+    torch.testing.assert_close(model.flat_gradient, expected, rtol=0, atol=0)

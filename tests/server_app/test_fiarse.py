@@ -23,7 +23,8 @@ from framp_core.randomness import stream
 from framp_core.run_folder import RunFolder
 
 Build = Callable[..., FrampConfig]
-PLAIN: dict[str, Scalar] = {"local.threshold-gradient": False}
+PLAIN: dict[str, Scalar] = {"local.mask": "fixed"}
+RELEASED: dict[str, Scalar] = {"local.mask": "following"}
 SMALL: dict[str, Scalar] = {
     "model.name": "mlp",
     "model.widths": "5",
@@ -85,10 +86,11 @@ def train(
 
 
 def by_hand(config: FrampConfig, start: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Delta of explicit matrices in double precision. The mask is hard in value and has the paper's slope.
+    """Delta of explicit matrices in double precision. The mask is hard in value and has the paper's slope, or none.
 
     ``-2 * theta / (|x| + theta)`` has the derivative ``2 * theta / (|x| + theta)^2``; the product rule is autograd's.
     """
+    differentiated = config.local.mask == "threshold-controlled"
     data = first_client(config)
     layout = fresh_model(config, data).layout
     maskable, kept = torch.from_numpy(layout.maskable), torch.from_numpy(mask)
@@ -100,7 +102,7 @@ def by_hand(config: FrampConfig, start: np.ndarray, mask: np.ndarray) -> np.ndar
         x = weights.clone().requires_grad_()
         hard = kept & (~maskable | (x.abs() >= threshold))
         slope = -2 * threshold / (x.abs() + threshold)
-        soft = hard * (1 + maskable * (slope - slope.detach()))
+        soft = hard * (1 + differentiated * maskable * (slope - slope.detach()))
         hidden, hidden_bias, head, head_bias = layout.split(x * soft)
         features = F.relu(data.train.normaliser(images).double().flatten(1) @ hidden.T + hidden_bias)
         F.cross_entropy(features @ head.T + head_bias, labels).backward()  # type: ignore[no-untyped-call]
@@ -110,15 +112,18 @@ def by_hand(config: FrampConfig, start: np.ndarray, mask: np.ndarray) -> np.ndar
     return difference
 
 
+@pytest.mark.parametrize("mask_in_training", ["threshold-controlled", "following"])
 @pytest.mark.parametrize("capacity", ["1/8", "1/2", "1"])
-def test_gradient_and_shrinking_mask_are_those_of_explicit_weights(fiarse: Build, capacity: str) -> None:
-    config = fiarse(SMALL)
+def test_gradient_and_shrinking_mask_are_those_of_explicit_weights(
+    fiarse: Build, capacity: str, mask_in_training: str
+) -> None:
+    config = fiarse({**SMALL, "local.mask": mask_in_training})
     start, layout = initial(config), fresh_model(config, first_client(config)).layout
     mask = cut(start, layout, Fraction(capacity))
     delta, shown = train(config, start, mask)
     np.testing.assert_allclose(delta, by_hand(config, start, mask), rtol=0, atol=2e-5)
-    plain, _ = train(fiarse({**SMALL, **PLAIN}), start, mask)
-    assert np.abs(delta - plain).max() > 1e-2
+    for other in {"fixed", "threshold-controlled", "following"} - {mask_in_training}:
+        assert np.abs(delta - train(fiarse({**SMALL, "local.mask": other}), start, mask)[0]).max() > 1e-2
 
     trained = start * mask + delta
     fallen = mask & layout.maskable & (np.abs(trained) < threshold_of(start, mask, layout))
@@ -127,8 +132,9 @@ def test_gradient_and_shrinking_mask_are_those_of_explicit_weights(fiarse: Build
     assert not shown[fallen].any()
 
 
-def test_a_weight_that_fell_keeps_its_value(fiarse: Build) -> None:
-    config = fiarse(SMALL)
+@pytest.mark.parametrize("values", [{}, RELEASED])
+def test_a_weight_that_fell_keeps_its_value(fiarse: Build, values: dict[str, Scalar]) -> None:
+    config = fiarse({**SMALL, **values})
     start, layout = initial(config), fresh_model(config, first_client(config)).layout
     mask = cut(start, layout, Fraction(1, 2))
     early, _ = train(config, start, mask, steps=5)
@@ -143,17 +149,19 @@ def test_a_weight_that_fell_keeps_its_value(fiarse: Build) -> None:
 
 
 def test_the_factor_is_one_and_a_half_at_the_threshold_and_one_on_biases(fiarse: Build) -> None:
-    config, plain = (fiarse({**SMALL, "local.steps": 1, **extra}) for extra in ({}, PLAIN))
+    config, released, plain = (fiarse({**SMALL, "local.steps": 1, **extra}) for extra in ({}, RELEASED, PLAIN))
     layout = fresh_model(config, first_client(config)).layout
     start = np.where(layout.maskable, np.copysign(0.125, initial(config)), 0.0).astype(np.float32)
     expected = np.where(layout.maskable, 1.5, 1.0) * train(plain, start, None)[0]
     assert np.abs(expected[layout.maskable]).max() > 0.01
     assert np.abs(expected[~layout.maskable]).max() > 0.01
     np.testing.assert_allclose(train(config, start, None)[0], expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(train(released, start, None)[0], train(plain, start, None)[0])
 
 
-def test_a_threshold_of_zero_is_plain_training_bit_for_bit(fiarse: Build) -> None:
-    config, plain = fiarse(SMALL), fiarse({**SMALL, **PLAIN})
+@pytest.mark.parametrize("values", [{}, RELEASED])
+def test_a_threshold_of_zero_is_plain_training_bit_for_bit(fiarse: Build, values: dict[str, Scalar]) -> None:
+    config, plain = fiarse({**SMALL, **values}), fiarse({**SMALL, **PLAIN})
     start, layout = initial(config), fresh_model(config, first_client(config)).layout
     mask = cut(start, layout, Fraction(1, 2))
     assert not np.array_equal(train(config, start, mask)[0], train(plain, start, mask)[0])
@@ -206,12 +214,14 @@ def test_a_run_averages_each_coordinate_over_its_holders(fiarse: Build) -> None:
     assert not np.allclose(theta_of(uniform), theta, rtol=0, atol=1e-4)
 
 
-def test_at_capacity_one_without_the_factor_it_is_fedavg(fiarse: Build, tiny: Build) -> None:
+def test_at_capacity_one_with_fixed_masks_it_is_fedavg(fiarse: Build, tiny: Build) -> None:
     values: dict[str, Scalar] = {"capacity.sizes": "1", "server.clients-per-round": 4}
     fedavg = theta_of(run_local(tiny({**METHODS["fedavg"].settings, "server.weighting": "uniform", **values}, "avg")))
-    without = theta_of(run_local(fiarse({**values, **PLAIN}, "without")))
-    np.testing.assert_allclose(without, fedavg, rtol=0, atol=1e-6)
-    assert not np.allclose(theta_of(run_local(fiarse(values, "with"))), fedavg, rtol=0, atol=1e-6)
+    fixed = theta_of(run_local(fiarse({**values, **PLAIN, "method": "framp"}, "fixed")))
+    np.testing.assert_allclose(fixed, fedavg, rtol=0, atol=1e-6)
+    for method in ("fiarse", "fiarse-released"):
+        moving = theta_of(run_local(tiny({**METHODS[method].settings, **values}, method)))
+        assert not np.allclose(moving, fedavg, rtol=0, atol=1e-6)
 
 
 def test_no_prototypes_travel(fiarse: Build, tiny: Build) -> None:
@@ -227,9 +237,18 @@ def test_no_prototypes_travel(fiarse: Build, tiny: Build) -> None:
     assert min(up) > 300
 
 
-@pytest.mark.parametrize(("key", "value"), [("generator.name", "modulated"), ("local.alignment-weight", 0.1)])
-def test_what_would_be_another_method_is_refused(fiarse: Build, key: str, value: Scalar) -> None:
-    config = fiarse({key: value})
-    with pytest.raises(ConfigError, match=rf"method='fiarse' .* {key}=.*not {value!r}"):
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("fiarse", "generator.name", "modulated"),
+        ("fiarse", "local.alignment-weight", 0.1),
+        ("fiarse", "local.mask", "following"),
+        ("fiarse-released", "local.mask", "threshold-controlled"),
+        ("fiarse-released", "local.mask", "fixed"),
+    ],
+)
+def test_what_would_be_another_method_is_refused(tiny: Build, method: str, key: str, value: Scalar) -> None:
+    config = tiny({**METHODS[method].settings, key: value})
+    with pytest.raises(ConfigError, match=rf"method='{method}' .* {key}=.*not {value!r}"):
         run_local(config)
     assert not Path(config.output.folder).exists()

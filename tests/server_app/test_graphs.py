@@ -37,6 +37,7 @@ def graph_run(tiny: Build, tmp_path: Path) -> Build:
     ("method", "network"),
     [
         *((method, "gcn") for method in ("framp", "fiarse", "heterofl", "fedrolex", "scalefl", "fedavg", "local")),
+        ("fiarse-released", "gcn"),
         *((method, "gcn") for method in ("heterofl-budget", "fedrolex-budget")),
         *((method, network) for method in ("framp", "heterofl", "fedrolex", "scalefl") for network in ("sage", "gat")),
     ],

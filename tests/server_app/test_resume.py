@@ -42,7 +42,7 @@ CLUSTERED: dict[str, Scalar] = {
 """Two clusters of clients, so that experts move and their running sums matter."""
 METHODS = (
     *("framp", "framp-modulated", "framp-experts", "framp-low-rank"),
-    *("fiarse", "fiarse-strong", "heterofl", "fedrolex", "scalefl", "fedavg", "local"),
+    *("fiarse", "fiarse-released", "fiarse-strong", "heterofl", "fedrolex", "scalefl", "fedavg", "local"),
 )
 
 

@@ -141,13 +141,13 @@ def by_hand(config: FrampConfig, distilled: Callable[[int], bool]) -> np.ndarray
 
 
 def test_a_run_equals_networks_written_out_trained_and_averaged_by_hand(tiny):
-    """Two classes per client, whose heads are averaged whole; distillation from round 2 of 4 on."""
+    """Two classes per client, whose heads are averaged whole; distillation from round 3 of 4 on."""
     skewed = {"partition.scheme": "classes-per-client", "local.distillation-weight": 5.0, "rounds": 4}
     config = tiny(settings(**skewed))
     theta, run = final_theta(config)
-    expected = by_hand(config, lambda server_round: server_round > 1)
+    expected = by_hand(config, lambda server_round: server_round > 2)
     np.testing.assert_allclose(theta, expected, rtol=0, atol=5e-6)
-    for distilled in (lambda _: True, lambda _: False):
+    for distilled in (lambda server_round: server_round > 1, lambda _: False):
         assert np.abs(by_hand(config, distilled) - expected).max() > 1e-4
     for event in run.events():
         assert event.get("refused", []) == []
@@ -240,13 +240,14 @@ def test_a_tensor_is_averaged_over_those_that_reach_it(tiny):
     assert (parts["head.bias"] == 1).all()
 
 
-@pytest.mark.parametrize(("rounds", "first"), [(1, 1), (3, 1), (4, 2), (8, 3), (10, 3), (100, 26)])
-def test_distillation_starts_after_a_quarter_of_the_rounds(tiny, rounds, first):
+@pytest.mark.parametrize(("rounds", "first"), [(1, 2), (3, 2), (4, 3), (8, 4), (10, 4), (20, 7), (100, 27)])
+def test_distillation_starts_once_a_quarter_of_the_rounds_are_over(tiny, rounds, first):
+    """In the first round whose number, counted from 0 as in the released code, is above a quarter of the rounds."""
+    assert [number > rounds / 4 for number in (first - 2, first - 1)] == [False, True]
     strategy = prepared(tiny(settings(rounds=rounds)))
     off = [number for number in range(1, rounds + 1) if strategy.train_instructions(record("1"), number)]
-    assert off == list(range(1, first))
-    if off:
-        assert strategy.train_instructions(record("1"), 1) == {"local.distillation-weight": 0.0}
+    assert off == list(range(1, min(first, rounds + 1)))
+    assert strategy.train_instructions(record("1"), 1) == {"local.distillation-weight": 0.0}
 
 
 def test_a_client_predicts_with_its_deepest_exit(tiny):

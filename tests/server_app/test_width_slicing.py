@@ -102,7 +102,10 @@ def by_hand(config: FrampConfig, first_channel: Callable[[int], int]) -> np.ndar
     return np.concatenate([part.ravel() for part in theta.values()])
 
 
-@pytest.mark.parametrize(("method", "first_channel"), [("heterofl", lambda _: 0), ("fedrolex", lambda r: r - 1)])
+@pytest.mark.parametrize(
+    ("method", "first_channel"),
+    [("heterofl", lambda _: 0), ("fedrolex", lambda r: r - 1), ("fedrolex-clipped", lambda r: r - 1)],
+)
 @pytest.mark.parametrize("sizes", ["1/16,1/4,1", "1/16,1/4"])
 def test_runs_equal_small_networks_trained_and_averaged_by_hand(tiny, method, first_channel, sizes):
     """Two classes per client, so that the head's rows have other holders than the channels that feed them."""
