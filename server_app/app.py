@@ -60,7 +60,7 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
             _resume(strategy)
         if config.server.over_sampling:
             grid = FirstReplies(grid, config.server.clients_per_round)
-        with run_log(run.path / LOG):
+        with run.going_on(), run_log(run.path / LOG), run.going_on():
             rounds_left = config.rounds - strategy.rounds_done
             strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
             with span("server.report"):
