@@ -147,7 +147,8 @@ def _server(run: RunFolder) -> tuple[FrampStrategy, Checkpoint]:
             f"built again by its method's name"
         )
     server = kind(run.config, run)
-    server.reload(checkpoint)
+    with run.restoring():
+        server.reload(checkpoint)
     return server, checkpoint
 
 

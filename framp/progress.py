@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from framp_core import files
 from framp_core.errors import RunFolderError
 from framp_core.metrics import COLUMNS, accuracies, summarise
-from framp_core.run_records import checked_event
+from framp_core.run_records import checked_event, complete_event
 
 _POLL_SECONDS = 0.2
 
@@ -78,7 +78,8 @@ class RunProgress:
         with suppress(RunFolderError):  # What is wrong with the log, the run itself says.
             for line in files.lines(self._path, self._position):
                 self._position += len(line)
-                self._show(checked_event(files.parse_json(line, "an event"), "an event"))
+                event = checked_event(files.parse_json(line, "an event"), "an event")
+                self._show(complete_event(event, "the log"))
 
     def _show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "train":

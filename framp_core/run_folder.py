@@ -163,13 +163,13 @@ class RunFolder:
         """
         files.has_file(self.path / LOCK)
         lock = FileLock(self.path / LOCK)
-        try:
-            with files.writing(self.path / LOCK):
+        with files.writing(self.path / LOCK):
+            try:
                 lock.acquire(timeout=_LOOKS_AT_A_LOCK)
-        except Timeout as error:
-            raise RunFolderError(
-                f"another process works on the run in {str(self.path)!r}; wait for it, or end it first"
-            ) from error
+            except Timeout as error:
+                raise RunFolderError(
+                    f"another process works on the run in {str(self.path)!r}; wait for it, or end it first"
+                ) from error
         try:
             yield
         finally:
@@ -350,6 +350,29 @@ class RunFolder:
             checked_file(self.checkpoints.state_of(found.round), found.state)
         return found
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around whatever takes a checkpoint's tensors and state back.
+
+        Raises:
+            RunFolderError: the checkpoint, though whole, is not one of this configuration.
+        """
+        try:
+            yield
+        except (
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+            StopIteration,
+        ) as error:
+            raise RunFolderError(
+                f"the newest checkpoint in {str(self.path)!r} is not one of the run's configuration "
+                f"({type(error).__name__}: {error}); restore the folder, or start the run again in another one"
+            ) from error
+
     def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the state of the newest whole checkpoint.
 
@@ -410,8 +433,8 @@ class RunFolder:
         with files.replacing(self.path / EVENTS) as temporary, temporary.open("wb") as kept:
             if length:
                 with files.reading(self.path / EVENTS) as log:
-                    while rest := length - kept.tell():
-                        kept.write(log.read(min(rest, _CHUNK)))
+                    while part := log.read(min(length - kept.tell(), _CHUNK)):
+                        kept.write(part)
 
     def _note_resume(self, round: int) -> None:
         """Say in the environment where the run went on, and with which versions if they are others."""

@@ -78,21 +78,21 @@ class _Replies(_Event):
 
 
 class _Join(_Replies):
-    clients: list[_Client]
+    clients: NotRequired[list[_Client]]
 
 
 class _Start(_Join):
-    parameters: Count
+    parameters: NotRequired[Count]
     expected_clients: NotRequired[Count | None]
 
 
 class _Train(_Replies):
-    clients: list[_Training]
+    clients: NotRequired[list[_Training]]
     learnt: NotRequired[bool]
 
 
 class _Evaluate(_Replies):
-    accuracies: list[_Measurement]
+    accuracies: NotRequired[list[_Measurement]]
     down_bytes: NotRequired[Count | None]
 
 
@@ -207,6 +207,14 @@ _EVENTS: Mapping[str, Any] = {
     "evaluate": _Evaluate,
     "priors": Annotated[_Priors, AfterValidator(_prior_curve)],
 }
+_REPORTED: Mapping[str, tuple[str, ...]] = {
+    "start": ("clients", "parameters"),
+    "join": ("clients",),
+    "train": ("clients",),
+    "evaluate": ("accuracies",),
+    "priors": ("strengths", "clients"),
+}
+"""What the report needs of each kind of event."""
 _FILES: Mapping[str, Any] = {
     "environment.json": Annotated[
         dict[str, str | int | float | dict[str, str | None] | None], AfterValidator(_environment)
@@ -230,7 +238,7 @@ def checked_file(path: Path, content: Any) -> Any:
 
 
 def checked_event(event: Any, where: str) -> dict[str, Any]:
-    """An event, if it is one; of a kind that the report reads, with all that it reads.
+    """An event, if it is one; what the report reads of it has the right types, where it is there.
 
     Args:
         event: any JSON.
@@ -242,6 +250,20 @@ def checked_event(event: Any, where: str) -> dict[str, Any]:
     found: dict[str, Any] = _checked(_Event, event, where)
     schema = _EVENTS.get(found["kind"])
     return found if schema is None else _checked(schema, found, where)
+
+
+def complete_event(event: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checked event, if nothing is missing in it that the report needs.
+
+    Raises:
+        RunFolderError: something is.
+    """
+    if missing := [key for key in _REPORTED.get(event["kind"], ()) if key not in event]:
+        raise RunFolderError(
+            f"the event {event['kind']!r} of round {event['round']} in {where} lacks {', '.join(missing)}; the file "
+            f"was changed after the run; restore it"
+        )
+    return event
 
 
 def checked_row(row: Mapping[str, str | None], where: str) -> Mapping[str, Any]:

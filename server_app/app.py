@@ -49,18 +49,18 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
 
     Raises:
         FrampError: the configuration does not fit the method, the run folder exists, no client answered, the model
-            cannot be built, nothing is learnt, or a run cannot go on.
+            cannot be built, nothing is learnt, a run cannot go on, or a file cannot be written.
     """
     strategy_class = strategy_class or STRATEGIES[config.method]
     strategy_class.check(config)
     run = open_run(config)
-    with run.alone():
+    with run.going_on(), run.alone():
         strategy = strategy_class(config, run)
         if config.output.resume:
             _resume(strategy)
         if config.server.over_sampling:
             grid = FirstReplies(grid, config.server.clients_per_round)
-        with run.going_on(), run_log(run.path / LOG), run.going_on():
+        with run_log(run.path / LOG):
             rounds_left = config.rounds - strategy.rounds_done
             strategy.start(grid, ArrayRecord(), rounds_left, timeout=config.server.round_deadline)
             with span("server.report"):
