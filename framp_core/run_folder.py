@@ -72,6 +72,8 @@ PROTOTYPES = "prototypes"
 TENSORBOARD = "tensorboard"
 _ROUND, _TENSORS = "round-", ".safetensors"
 _CHUNK = 2**20
+_MISFITS = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, StopIteration)
+"""What is raised by tensors and values that are not what a server wrote."""
 _ONCE_WRITABLE = "once the folder can be written (make room if the disk is full)"
 _LOOKS_AT_A_LOCK = 0.3
 """Seconds: who looks whether a run is worked on holds its lock for a moment."""
@@ -359,15 +361,7 @@ class RunFolder:
         """
         try:
             yield
-        except (
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-            StopIteration,
-        ) as error:
+        except _MISFITS as error:
             raise RunFolderError(
                 f"the newest checkpoint in {str(self.path)!r} is not one of the run's configuration "
                 f"({type(error).__name__}: {error}); restore the folder, or start the run again in another one"
