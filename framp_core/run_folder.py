@@ -424,11 +424,13 @@ class RunFolder:
 
     def _keep(self, length: int) -> None:
         """Put the first ``length`` bytes of the event log in its place."""
-        with files.replacing(self.path / EVENTS) as temporary, temporary.open("wb") as kept:
-            if length:
-                with files.reading(self.path / EVENTS) as log:
-                    while part := log.read(min(length - kept.tell(), _CHUNK)):
-                        kept.write(part)
+        log = self.path / EVENTS
+        if not length:
+            files.write_bytes(log, b"")
+            return
+        with files.reading(log) as whole, files.replacing(log) as temporary, temporary.open("wb") as kept:
+            while part := whole.read(min(length - kept.tell(), _CHUNK)):
+                kept.write(part)
 
     def _note_resume(self, round: int) -> None:
         """Say in the environment where the run went on, and with which versions if they are others."""

@@ -52,12 +52,13 @@ def write_report(run_dir: Path) -> Path:
     run = RunFolder.open(run_dir)
     record = Record.of(run)
     masks = run.json(MASKS) if run.has(MASKS) else None
+    environment = _environment(run)
     figures = draw_figures(run.path, record, masks, run.prototypes())
-    files.write_text(run_dir / REPORT, _page(run, record, figures))
+    files.write_text(run_dir / REPORT, _page(run, record, figures, environment))
     return run_dir / REPORT
 
 
-def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
+def _page(run: RunFolder, record: Record, figures: Sequence[Drawn], environment: str) -> str:
     config = run.config
     finished = run.has(SUMMARY)
     summary = summary_of(record)
@@ -72,7 +73,7 @@ def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
         _section("Communication", _communication(record)),
         _section("Events worth knowing", _notable(record)),
         _section("Configuration", _folded(CONFIG, f"<pre>{escape(files.read_text(run.path / CONFIG))}</pre>")),
-        _section("Environment and data", _environment(run)),
+        _section("Environment and data", environment),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
