@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from framp_core.config import DataConfig
 from framp_core.data.cache import cached, file_stamps
 from framp_core.data.transforms import PUBLISHED, Normaliser
-from framp_core.errors import DataError
+from framp_core.errors import DataError, RunFolderError
+from framp_core.files import read_json
 from framp_core.randomness import stream
 
 TEST_SHARE = 0.2
@@ -352,8 +353,8 @@ def _open(folder: Path) -> ImageData:
             for split in _SPLITS
             for kind in ("images", "labels")
         )
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = read_json(folder / "facts.json")
+    except (OSError, ValueError, RunFolderError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
     normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
     names = tuple(facts["class_names"])
