@@ -24,8 +24,8 @@ from framp.progress import RunProgress
 from framp.status import RunStatus
 from framp_core import personal_model
 from framp_core.config import FrampConfig
-from framp_core.data.facts import DataFacts
-from framp_core.errors import ConfigError, FrampError, ModelError, RunFolderError
+from framp_core.data import DataFacts, load_images
+from framp_core.errors import ConfigError, DataError, FrampError, ModelError, RunFolderError
 from framp_core.metrics import PriorCurve
 from framp_core.prototypes import Prototypes
 from framp_core.report import finish, write_report
@@ -280,6 +280,15 @@ def test_a_log_of_anything_gives_no_reason(tmp_path: Path, line: str) -> None:
     last = json.dumps({"text": "the run failed: KeyError: 3"})
     path.write_text(f"{line} the run failed: \n{last}\n{line} the run starts\n")
     assert failure(path) == "KeyError: 3"
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5000, "{"])
+def test_damaged_facts_of_a_cache_are_named(tmp_path: Path, text: str) -> None:
+    config = FrampConfig.from_flat({"data.cache": str(tmp_path)}).data
+    load_images(config, 0)
+    next(tmp_path.glob("*/facts.json")).write_text(text)
+    with pytest.raises(DataError, match=r"cached images .* are damaged .*delete that folder"):
+        load_images(config, 0)
 
 
 # --- reading alone ------------------------------------------------------------------------------------------------
