@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from framp.progress import RunProgress
+from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar, parse_capacity, parse_override
 from framp_core.errors import ConfigError, EngineError, FrampError
@@ -278,7 +279,7 @@ def node(
     if not all(finding.passed for finding in findings):
         raise EngineError("this device is not ready to join; see the checks that failed")
     if env_file is not None:
-        env_file.write_text(compose_variables(device, check.peak_bytes), encoding="utf-8")
+        files.write_text(env_file.expanduser().resolve(), compose_variables(device, check.peak_bytes))
     console.print(device.command, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -139,7 +139,7 @@ def _server(run: RunFolder) -> tuple[FrampStrategy, Checkpoint]:
             f"the run in {str(run.path)!r} is of method={run.config.method!r}, which has no generator that makes "
             f"a model from a descriptor; personalise a run of 'framp' (or of 'fiarse', which gives all the same model)"
         )
-    checkpoint = run.checkpoints.newest()
+    checkpoint = run.newest_checkpoint()
     if checkpoint is None:
         raise RunFolderError(f"{str(run.path)!r} holds no checkpoint: the run stopped before its first one")
     wanted = f"{kind.__module__}.{kind.__qualname__}"
@@ -149,7 +149,8 @@ def _server(run: RunFolder) -> tuple[FrampStrategy, Checkpoint]:
             f"built again by its method's name"
         )
     server = kind(run.config, run)
-    server.reload(checkpoint)
+    with run.restoring():
+        server.reload(checkpoint)
     return server, checkpoint
 
 

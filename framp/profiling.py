@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 from framp.engines import run_local
+from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.run_folder import RunFolder
 from framp_core.spans import Mark, recording
@@ -98,7 +99,7 @@ class Profile:
         """Write ``profile.json`` and, if asked for, ``trace.json`` into the run folder."""
         run.write_json(PROFILE, self.to_json())
         if trace:
-            (run.path / TRACE).write_text(json.dumps(self.trace()), encoding="utf-8")
+            files.write_text(run.path / TRACE, json.dumps(self.trace()))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Progress of a run on the terminal, read from its event log."""
 
-import json
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,8 +10,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from framp_core import files
+from framp_core.errors import RunFolderError
 from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, accuracies, summarise
+from framp_core.run_records import checked_event, complete_event
 
 _POLL_SECONDS = 0.2
 
@@ -67,16 +71,16 @@ class RunProgress:
         self._read()
 
     def _log_number(self) -> int | None:
-        return self._path.stat().st_ino if self._path.exists() else None
+        return self._path.lstat().st_ino if os.path.lexists(self._path) else None
 
     def _read(self) -> None:
         if self._log_number() in (None, self._old_log):
             return
-        with self._path.open(encoding="utf-8") as lines:
-            lines.seek(self._position)
-            while (line := lines.readline()).endswith("\n"):
-                self._position = lines.tell()
-                self._show(json.loads(line))
+        with suppress(RunFolderError):  # What is wrong with the log, the run itself says.
+            for line in files.lines(self._path, self._position):
+                self._position += len(line)
+                event = checked_event(files.parse_json(line, "an event"), "an event")
+                self._show(complete_event(event, "the log"))
 
     def _show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "train":

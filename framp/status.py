@@ -79,7 +79,7 @@ class RunStatus:
         # Whether it runs is asked first: a run that ends in between is then shown as running rather than as killed.
         in_use = run.in_use()
         state, error = _state(run, in_use)
-        record = Record.of(run)
+        record = Record.glance(run)
         mean = record.seconds / record.rounds if record.rounds else None
         left = run.config.rounds - record.rounds
         overall = summarise(record.last("before"))[-1]

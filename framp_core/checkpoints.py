@@ -12,7 +12,6 @@ removed, so that a process killed at any moment leaves whole checkpoints and lef
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from framp_core.errors import RunFolderError
+from framp_core import files
+from framp_core.errors import RunFolderError, WriteError
 
 logger = logging.getLogger("flwr.framp.resume")
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 _PREFIX = "round-"
-_TEMPORARY = ".tmp"
 _CHECKSUM = "sha256"
 
 
@@ -73,22 +72,29 @@ class Checkpoints:
             kept: >= 1.
 
         Raises:
-            RunFolderError: it cannot be written; the checkpoints before it stay.
+            WriteError: it cannot be written; the checkpoints before it stay, and nothing is left of it.
+            RunFolderError: the folder of the checkpoints is a link, or no folder.
         """
+        target = self._folder(round)
+        files.make_folder(self.path)
         try:
-            self._write(self._folder(round), tensors, state)
-        except OSError as error:
-            raise RunFolderError(
-                f"the checkpoint of round {round} cannot be written to {str(self.path)!r} ({error}); the ones before "
-                f"it are whole: make room, and go on with framp run --resume {str(self.path.parent)!r}"
-            ) from error
+            with files.writing(target):
+                self._write(target, tensors, state)
+        except WriteError:
+            shutil.rmtree(_temporary_path(target), ignore_errors=True)
+            raise
         for old in self.rounds()[kept:]:
             self._remove(self._folder(old))
 
     def rounds(self) -> list[int]:
-        """Rounds that have a checkpoint, whole or damaged, the newest first."""
-        found = (path.name.removeprefix(_PREFIX) for path in self.path.glob(f"{_PREFIX}*") if path.is_dir())
-        return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+        """Rounds that have a checkpoint, whole or damaged, the newest first; a link is none.
+
+        Raises:
+            RunFolderError: the folder of the checkpoints is a link, or no folder.
+        """
+        paths = self.path.glob(f"{_PREFIX}*") if files.has_folder(self.path) else ()
+        found = (path.name.removeprefix(_PREFIX) for path in paths if path.is_dir() and not path.is_symlink())
+        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; each newer one is logged with what is wrong. None if there is none.
@@ -100,7 +106,7 @@ class Checkpoints:
         for round in self.rounds():
             try:
                 return self._read(round)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (RunFolderError, OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
                 damages.append(f"round {round}: {type(error).__name__}: {error}")
                 logger.warning("the checkpoint of %s; trying the one before", damages[-1])
         if damages:
@@ -110,10 +116,19 @@ class Checkpoints:
             )
         return None
 
+    def state_of(self, round: int) -> Path:
+        """Path of the state of a checkpoint."""
+        return self._folder(round) / STATE
+
     def clean(self, round: int) -> None:
-        """Remove what an interrupted write left, and the checkpoints after ``round``, which come again."""
+        """Remove what an interrupted write left, and the checkpoints after ``round``, which come again.
+
+        Raises:
+            WriteError: something cannot be removed.
+        """
         for path in list(self._leftovers()):
-            shutil.rmtree(path)
+            with files.writing(path):
+                shutil.rmtree(path)
         for late in self.rounds():
             if late > round:
                 self._remove(self._folder(late))
@@ -122,10 +137,9 @@ class Checkpoints:
         return self.path / f"{_PREFIX}{round:06d}"
 
     def _leftovers(self) -> Iterator[Path]:
-        return self.path.glob(f"{_PREFIX}*{_TEMPORARY}")
+        return self.path.glob(f"{_PREFIX}*{files.LEFTOVER}")
 
     def _write(self, target: Path, tensors: Mapping[str, Tensor | np.ndarray], state: Mapping[str, Any]) -> None:
-        self.path.mkdir(exist_ok=True)
         temporary = _temporary_name(target)
         temporary.mkdir()
         # Cloned because safetensors refuses tensors that share memory.
@@ -135,41 +149,40 @@ class Checkpoints:
         text = json.dumps({**state, _CHECKSUM: checksum}, indent=1, allow_nan=False)
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for path in (temporary / TENSORS, temporary / STATE, temporary):
-            sync(path)
+            files.sync(path)
         temporary.rename(target)
-        sync(self.path)
+        files.sync(self.path)
 
     def _read(self, round: int) -> Checkpoint:
         folder = self._folder(round)
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        files.has_folder(folder)
+        state = files.read_json(folder / STATE)
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} is no object")
         if state.pop(_CHECKSUM) != _checksum(folder / TENSORS, state):
             raise ValueError(f"{TENSORS} and {STATE} are not what was written")
         return Checkpoint(round, load_file(folder / TENSORS), state)
 
     def _remove(self, folder: Path) -> None:
-        temporary = _temporary_name(folder)
-        folder.rename(temporary)
-        shutil.rmtree(temporary)
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before anything that relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with files.writing(folder):
+            temporary = _temporary_name(folder)
+            folder.rename(temporary)
+            shutil.rmtree(temporary)
 
 
 def _temporary_name(folder: Path) -> Path:
     """A name that no whole checkpoint has; what an earlier process left there is removed."""
-    temporary = folder.with_name(folder.name + _TEMPORARY)
+    temporary = _temporary_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
 
+def _temporary_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + files.LEFTOVER)
+
+
 def _checksum(path: Path, state: Mapping[str, Any]) -> str:
-    with path.open("rb") as file:
+    with files.reading(path) as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(state, sort_keys=True).encode())
     return digest.hexdigest()

@@ -24,6 +24,10 @@ class RunFolderError(FrampError):
     """A run folder exists already, is incomplete, or cannot be written."""
 
 
+class WriteError(RunFolderError):
+    """A file cannot be written, as on a full disk; what was written before it is whole."""
+
+
 class ResumeError(FrampError):
     """A run cannot go on from its checkpoint: it is finished, or is of other code, settings or data."""
 

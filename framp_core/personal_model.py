@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from framp_core import files
 from framp_core.codec import decode_mask, encode_mask
 from framp_core.config import ModelConfig
 from framp_core.config_values import parse_capacity
 from framp_core.data.facts import DataFacts
-from framp_core.errors import ConfigError, FrampError, ModelError, RunFolderError
+from framp_core.errors import FrampError, ModelError, RunFolderError, WriteError
 from framp_core.graph_batch import GraphBatch
 from framp_core.models import FlatModel, build_model
 
@@ -95,7 +96,8 @@ def save(model: PersonalModel, config: ModelConfig, path: Path) -> None:
         path: a file that does not exist; its folder does.
 
     Raises:
-        RunFolderError: the file exists or cannot be written.
+        RunFolderError: the file exists, or its folder does not.
+        WriteError: it cannot be written.
     """
     require_new(path)
     layout = model.network.layout
@@ -114,13 +116,11 @@ def save(model: PersonalModel, config: ModelConfig, path: Path) -> None:
         "message": dict(model.message),
         "origin": dict(model.origin),
     }
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        save_file(tensors, temporary, {_ENTRY: json.dumps(content)})
-        temporary.rename(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"the model cannot be written to {str(path)!r} ({error}); give another path") from error
+        with files.replacing(path) as temporary:
+            save_file(tensors, temporary, {_ENTRY: json.dumps(content)})
+    except WriteError as error:
+        raise WriteError(f"the model is not saved: {error}; make room, or give another path") from error
 
 
 def require_new(path: Path) -> None:
@@ -143,27 +143,58 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> PersonalModel:
         device: where it shall run.
 
     Raises:
-        ModelError: the file is missing, damaged or not a personal model of this version.
+        ModelError: the file is missing, damaged or not a personal model of this version. Memory is asked for only for
+            what the file is long enough to hold.
     """
+    path = Path(path).resolve()
     try:
+        with files.reading(path):
+            pass
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_ENTRY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, this code reads {VERSION}")
-        return _model(content, tensors, device)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, ConfigError) as error:
+            content = files.parse_json((file.metadata() or {})[_ENTRY], f"its entry {_ENTRY!r}")
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}, this code reads {VERSION}")
+            config, facts = ModelConfig.model_validate(content["model"]), DataFacts.from_dict(content["data"])
+            names = list(file.keys())
+            _require_shapes(config, facts, {name: tuple(file.get_slice(name).get_shape()) for name in names})
+            tensors = {name: file.get_tensor(name) for name in names}
+        return _model(content, config, facts, tensors, device)
+    except (
+        *(FrampError, OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError),
+        *(RuntimeError, RecursionError),
+    ) as error:
         raise ModelError(
             f"{str(path)!r} is not a personal model of this version ({type(error).__name__}: {error}); write it with "
             f"framp personalise --out"
         ) from error
 
 
-def _model(content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str) -> PersonalModel:
-    facts = DataFacts.from_dict(content["data"])
-    network = FlatModel(
-        build_model(ModelConfig.model_validate(content["model"]), facts.shape, len(facts.class_names)), device
-    )
+def _require_shapes(config: ModelConfig, facts: DataFacts, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the header of a file against the network that it describes, which is built without memory for it.
+
+    Raises:
+        ValueError: they differ.
+        FrampError: there is no such network.
+    """
+    if len(config.widths) > len(shapes):
+        raise ValueError(f"a network of {len(config.widths)} layers, in a file of {len(shapes)} tensors")
+    with torch.device("meta"):
+        model = build_model(config, facts.shape, len(facts.class_names))
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected |= {_MASK: shapes.get(_MASK, ()), _PRIOR: (len(facts.class_names),)}
+    if wrong := sorted(name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)):
+        name = wrong[0]
+        raise ValueError(f"its tensor {name!r} has the shape {shapes.get(name)}, expected {expected.get(name)}")
+
+
+def _model(
+    content: Mapping[str, Any],
+    config: ModelConfig,
+    facts: DataFacts,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str,
+) -> PersonalModel:
+    network = FlatModel(build_model(config, facts.shape, len(facts.class_names)), device)
     layout = network.layout
     network.load(torch.cat([tensors[slot.name].reshape(slot.size) for slot in layout.slots]))
     mask = ~layout.maskable

@@ -6,10 +6,14 @@ Each line has ``time`` (UTC), ``level`` and ``text``, and where they apply ``rou
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+from framp_core import files
+from framp_core.errors import RunFolderError
 
 NAME = "flwr.framp"
 """The logger of a run; a child of Flower's, whose console shows it too."""
@@ -33,6 +37,28 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class LogFile(logging.Handler):
+    """Appends to a file. A line that cannot be written is lost: a log must not end the run that it tells of.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self.setFormatter(JsonLines())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        try:
+            files.append(self._path, self.format(record).encode() + b"\n")
+        except RunFolderError:
+            pass
+        except Exception:
+            self.handleError(record)
+
+
 def about(round: int | None, client: str | None = None, message_id: str | None = None) -> dict[str, int | str | None]:
     """The argument ``extra`` of a log call.
 
@@ -52,10 +78,12 @@ def run_log(path: Path) -> Iterator[None]:
 
     Args:
         path: the file; a resumed run goes on in it.
+
+    Raises:
+        RunFolderError: it is no plain file, or the first line cannot be written.
     """
     _end_last_line(path)
-    handler = logging.FileHandler(path, mode="a", encoding="utf-8")
-    handler.setFormatter(JsonLines())
+    handler = LogFile(path)
     logger = logging.getLogger(NAME)
     before = logger.level
     logger.addHandler(handler)
@@ -74,9 +102,18 @@ def run_log(path: Path) -> Iterator[None]:
 
 def _end_last_line(path: Path) -> None:
     """What a killed process left of a line must not spoil the next one."""
-    if path.is_file() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    if not files.has_file(path):
+        files.append(path, b"")
+        return
+    with files.reading(path) as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise RunFolderError(
+                f"{str(path)!r} has a second name elsewhere (a hard link), and both would grow; put a copy in its place"
+            )
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        whole = file.read() in (b"", b"\n")
+    if not whole:
+        files.append(path, b"\n")
 
 
 def _write(handler: logging.Handler, level: int, text: str) -> None:
@@ -86,11 +123,13 @@ def _write(handler: logging.Handler, level: int, text: str) -> None:
 
 def failure(path: Path) -> str | None:
     """Why the run ended, as its log says; None if it did not end in an error, or runs again since."""
-    if not path.is_file():
-        return None
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-        with suppress(ValueError):  # A process may be killed within a line.
-            text = str(json.loads(line)["text"])
+    found = None
+    for line in files.lines(path) if files.has_file(path) else ():
+        if not any(begin.encode() in line for begin in (FAILED, STARTED)):
+            continue
+        # A process may be killed within a line, and the next one ends it.
+        with suppress(RunFolderError, KeyError, TypeError):
+            text = str(files.parse_json(line, repr(str(path)))["text"])
             if text.startswith((FAILED, STARTED)):
-                return text.removeprefix(FAILED) if text.startswith(FAILED) else None
-    return None
+                found = text.removeprefix(FAILED) if text.startswith(FAILED) else None
+    return found

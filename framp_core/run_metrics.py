@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, write_to_textfile
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from framp_core import errors
+from framp_core import errors, files
 from framp_core.metrics import COLUMNS, accuracies, summarise
 
 KINDS = ("start", "join", "train", "evaluate")
@@ -50,7 +50,7 @@ class RunMetrics:
     def write(self, path: Path) -> None:
         """Put the numbers into a file, whole or not at all."""
         self._set("updated_timestamp_seconds", "When this file was written, Unix time", time.time())
-        write_to_textfile(str(path), self._registry)
+        files.write_bytes(path, generate_latest(self._registry), durable=False)
 
     def _train(self, event: Mapping[str, Any]) -> None:
         clients = event.get("clients", [])

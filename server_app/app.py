@@ -49,12 +49,12 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
 
     Raises:
         FrampError: the configuration does not fit the method, the run folder exists, no client answered, the model
-            cannot be built, nothing is learnt, or a run cannot go on.
+            cannot be built, nothing is learnt, a run cannot go on, or a file cannot be written.
     """
     strategy_class = strategy_class or STRATEGIES[config.method]
     strategy_class.check(config)
     run = open_run(config)
-    with run.alone():
+    with run.going_on(), run.alone():
         strategy = strategy_class(config, run)
         if config.output.resume:
             _resume(strategy)

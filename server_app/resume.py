@@ -42,7 +42,7 @@ def checkpoint_of(run: RunFolder, config: FrampConfig, strategy: type) -> Checkp
             f"the run in {str(run.path)!r} is finished; framp report {run.path} shows its results, and more rounds are "
             f"another run"
         )
-    found = run.checkpoints.newest()
+    found = run.newest_checkpoint()
     started_with = found.state["config"] if found else RunFolder.open(run.path).config.to_flat()
     _refuse(run, "settings", config.differences(started_with))
     if found is None:

@@ -22,9 +22,20 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS
 from framp.compare.tables import title
+from framp_core import files
 from framp_core.methods import METHODS, STRONG
 from framp_core.metrics import MEAN, Column
-from framp_core.report.figures import FOLDER, INK, MUTED, POPULATIONS, REFERENCE, STYLE, Drawn, size_colours
+from framp_core.report.figures import (
+    FOLDER,
+    INK,
+    MUTED,
+    POPULATIONS,
+    REFERENCE,
+    STYLE,
+    Drawn,
+    save_figure,
+    size_colours,
+)
 from framp_core.report.prototypes import CAPTION, draw_prototypes, drawable
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7a68a6")
@@ -90,14 +101,13 @@ def draw_figures(folder: Path, results: Results, reference: str) -> list[Drawn]:
         results: the finished runs.
         reference: the method that stands out.
     """
-    target = folder / FOLDER
-    target.mkdir(parents=True, exist_ok=True)
+    target = files.make_folder(folder / FOLDER)
     drawn = []
     with matplotlib.rc_context(STYLE):
         for plan in _plans(results, looks(results.methods, reference), reference):
             figure = Figure(figsize=plan.size, layout="constrained")
             plan.draw(figure)
-            figure.savefig(target / f"{plan.name}.png")
+            save_figure(figure, target / f"{plan.name}.png")
             drawn.append(Drawn(target / f"{plan.name}.png", plan.title, plan.caption))
     return drawn
 

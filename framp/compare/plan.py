@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from framp_core import files
 from framp_core.config import PLACES, FrampConfig
 from framp_core.config_values import Scalar, read_toml
 from framp_core.errors import ConfigError, RunFolderError
@@ -53,7 +54,7 @@ class PlannedRun:
             ConfigError: the folder's configuration is not one of this version.
         """
         # A run that was killed while it wrote its first file leaves no more than that file's temporary one.
-        if not self.folder.is_dir() or all(entry.suffix == ".tmp" for entry in self.folder.iterdir()):
+        if not self.folder.is_dir() or all(entry.suffix == files.LEFTOVER for entry in self.folder.iterdir()):
             return False
         found = RunFolder.open(self.folder)
         if found.config.digest() != self.config.digest():

@@ -19,6 +19,7 @@ from framp.compare.results import Results
 from framp.compare.runner import Failure
 from framp.compare.statistics import COLUMNS, LEVEL, MINIMUM_PAIRS, RESAMPLES, PairedTest, compare
 from framp.compare.tuning import Tuning
+from framp_core import files
 from framp_core.config import GRAPH_DATA, FrampConfig
 from framp_core.methods import METHODS, is_ablation
 from framp_core.metrics import MEAN
@@ -91,9 +92,11 @@ def write_comparison(
     notes = tuple(_notes(comparison, results, failures))
     compared = Compared(comparison, results, tuning, tests, notes, ())
     compared = replace(compared, figures=tuple(draw_figures(comparison.out, compared.shown, comparison.reference)))
-    write(comparison.out / JSON, json.dumps({"command": command(compared), **content(compared)}, indent=2) + "\n")
-    write(comparison.out / CSV, _csv(results))
-    write(compared.path, "\n\n".join(_page(compared)) + "\n")
+    files.write_text(
+        comparison.out / JSON, json.dumps({"command": command(compared), **content(compared)}, indent=2) + "\n"
+    )
+    files.write_text(comparison.out / CSV, _csv(results))
+    files.write_text(compared.path, "\n\n".join(_page(compared)) + "\n")
     return compared
 
 
@@ -114,7 +117,7 @@ def _page(compared: Compared) -> list[str]:
 
 def write_tuning(comparison: Comparison, tuning: Tuning) -> None:
     """Write tuning.json: what was tried, on which seed, and what was chosen."""
-    write(comparison.out / TUNING, json.dumps(tuning.to_dict(), indent=2) + "\n")
+    files.write_text(comparison.out / TUNING, json.dumps(tuning.to_dict(), indent=2) + "\n")
 
 
 def command(compared: Compared) -> str:
@@ -399,10 +402,3 @@ def _csv(results: Results) -> str:
         for row in run.summary["rows"]:
             writer.writerow([run.method, run.seed, row["capacity"], *(row[key] for key in CSV_KEYS)])
     return text.getvalue()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

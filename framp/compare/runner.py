@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from framp.compare.plan import PlannedRun, usable_workers
+from framp_core import files
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.report.tables import human_seconds
 from framp_core.run_folder import EVENTS
@@ -89,13 +91,15 @@ def execute(runs: Sequence[PlannedRun], workers: int | None, console: Console, t
 
 
 def _start(run: PlannedRun, threads: int) -> _Running:
-    if run.folder.exists():
-        # Its digest was compared: this is what an interrupted run of the same settings left.
-        shutil.rmtree(run.folder)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.writing(run.folder):
+        if files.has_folder(run.folder):
+            # Its digest was compared: this is what an interrupted run of the same settings left.
+            shutil.rmtree(run.folder)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
     settings = run.folder.with_name(f"{run.name}.toml")
-    settings.write_text(run.config.to_toml(), encoding="utf-8")
-    log = _log_of(run).open("wb")
+    files.write_text(settings, run.config.to_toml())
+    files.write_bytes(_log_of(run), b"")
+    log = _log_of(run).open("ab")
     command = [sys.executable, "-m", "framp", "run", str(settings), "--out", str(run.folder)]
     # Runs side by side would otherwise start a thread per core each, and wait for one another.
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -113,7 +117,7 @@ def _outcome(ended: _Running) -> Failure | None:
             return None
     except (ConfigError, RunFolderError) as error:
         return Failure(ended.run.name, status, log, str(error))
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = files.read_bytes(log).decode(errors="replace").splitlines()
     return Failure(ended.run.name, status, log, "\n".join(lines[-_LOG_LINES:]))
 
 
@@ -177,4 +181,7 @@ class _Display:
 
 def _rounds_done(run: PlannedRun) -> int:
     events = run.folder / EVENTS
-    return events.read_bytes().count(b'{"kind": "train"') if events.is_file() else 0
+    with suppress(RunFolderError):  # It is shown; what is wrong with the folder is said when its run ends.
+        if files.has_file(events):
+            return sum(line.startswith(b'{"kind": "train"') for line in files.lines(events))
+    return 0

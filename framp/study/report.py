@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -18,12 +17,12 @@ from framp.compare.report import (
     mean_over_seeds,
     sentence,
     test_note,
-    write,
 )
 from framp.compare.results import Results
 from framp.compare.statistics import COLUMNS
 from framp.study.claims import SmallAgainstFull, cells, published, strengthened
 from framp.study.plan import PlannedSetting, Study
+from framp_core import files
 from framp_core.errors import RunFolderError
 from framp_core.methods import METHODS
 from framp_core.metrics import MEAN
@@ -74,9 +73,9 @@ def write_study(study: Study, parts: Sequence[Part]) -> Path:
         *(text for part in parts for text in _section(part)),
         *_reading(parts),
     ]  # fmt: skip
-    write(study.out / JSON, json.dumps(_content(study, parts), indent=1) + "\n")
-    write(study.out / CSV, _csv(parts))
-    write(study.out / MARKDOWN, "\n\n".join(page) + "\n")
+    files.write_text(study.out / JSON, json.dumps(_content(study, parts), indent=1) + "\n")
+    files.write_text(study.out / CSV, _csv(parts))
+    files.write_text(study.out / MARKDOWN, "\n\n".join(page) + "\n")
     return study.out / MARKDOWN
 
 
@@ -98,9 +97,11 @@ def export_study(study: Study, target: Path) -> Path:
         names += [Path(setting.name, FOLDER, f"{figure}.png") for figure in FIGURES]
     try:
         for name in names:
-            if (study.out / name).is_file():
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(study.out / name, target / name)
+            if files.has_file(study.out / name):
+                target.mkdir(parents=True, exist_ok=True)
+                for folder in reversed(name.parents[:-1]):
+                    files.make_folder(target / folder)
+                files.write_bytes(target / name, files.read_bytes(study.out / name))
     except OSError as error:
         raise RunFolderError(f"{str(target)!r} cannot be written ({error}); give --export a folder that can") from error
     return target / MARKDOWN

@@ -19,7 +19,8 @@ from framp_core.data.cache import cached, file_stamps
 from framp_core.data.image_file import FRAMES, TRANSPARENT, Wanted, channels_first, read_image, resized
 from framp_core.data.image_folder import Listing, read_client_folder, read_image_folder, several
 from framp_core.data.transforms import PUBLISHED, Normaliser
-from framp_core.errors import DataError
+from framp_core.errors import DataError, RunFolderError
+from framp_core.files import read_json
 from framp_core.randomness import stream
 
 TEST_SHARE = 0.2
@@ -337,9 +338,9 @@ def _open(folder: Path) -> ImageData:
             for split in _SPLITS
             for kind in ("images", "labels")
         )
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        notes = json.loads((folder / _NOTES).read_text(encoding="utf-8")) if (folder / _NOTES).is_file() else {}
-    except (OSError, ValueError) as error:
+        facts = read_json(folder / "facts.json")
+        notes = read_json(folder / _NOTES) if (folder / _NOTES).is_file() else {}
+    except (OSError, ValueError, RunFolderError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
     normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
     names = tuple(facts["class_names"])

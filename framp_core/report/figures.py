@@ -7,6 +7,7 @@ colours of the palette of Okabe and Ito, which colour-blind readers can tell apa
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from framp_core import files
+from framp_core.errors import FrampError
 from framp_core.metrics import MEAN, ClientAccuracy, Column, summarise
 from framp_core.report.prototypes import CAPTION, Snapshot, draw_prototypes, drawable
 from framp_core.report.summary import PARTS, Record, Traffic
@@ -91,8 +94,7 @@ def draw_figures(
         masks: content of masks.json, or None if the run wrote none.
         prototypes: those of the rounds that were kept.
     """
-    target = folder / FOLDER
-    target.mkdir(exist_ok=True)
+    target = files.make_folder(folder / FOLDER)
     drawn = []
     # A local style: a library must not change the plots of the program that imports it.
     with matplotlib.rc_context(STYLE):
@@ -100,14 +102,21 @@ def draw_figures(
             figure = Figure(figsize=(WIDTH, plan.height), layout="constrained")
             try:
                 plan.draw(figure)
-                figure.savefig(target / f"{plan.name}.png")
-            except OSError:
+                save_figure(figure, target / f"{plan.name}.png")
+            except FrampError:
                 raise
             except Exception as error:  # Whatever numbers a folder holds, the rest of the report stands.
                 logger.warning("the figure %r cannot be drawn (%s: %s)", plan.title, type(error).__name__, error)
                 continue
             drawn.append(Drawn(target / f"{plan.name}.png", plan.title, plan.caption))
     return drawn
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    files.write_bytes(path, drawn.getvalue(), durable=False)
 
 
 def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.foreign_text import LONGEST_LINE, printable
 from framp_core.report.figures import Drawn, draw_figures
@@ -47,17 +48,18 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         RunFolderError: it is not a run folder, or a file in it is damaged.
+        WriteError: a file cannot be written.
     """
     run = RunFolder.open(run_dir)
     record = Record.of(run)
     masks = run.json(MASKS) if run.has(MASKS) else None
+    environment = _environment(run)
     figures = draw_figures(run.path, record, masks, run.prototypes())
-    temporary = run_dir / f"{REPORT}.tmp"
-    temporary.write_text(_page(run, record, figures), encoding="utf-8")
-    return temporary.replace(run_dir / REPORT)
+    files.write_text(run_dir / REPORT, _page(run, record, figures, environment))
+    return run_dir / REPORT
 
 
-def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
+def _page(run: RunFolder, record: Record, figures: Sequence[Drawn], environment: str) -> str:
     config = run.config
     finished = run.has(SUMMARY)
     summary = summary_of(record)
@@ -71,8 +73,8 @@ def _page(run: RunFolder, record: Record, figures: Sequence[Drawn]) -> str:
         _section("Clients", _folded(f"All {len(per_client(record).rows)} clients", _table(per_client(record)))),
         _section("Communication", _communication(record)),
         _section("Events worth knowing", _notable(record)),
-        _section("Configuration", _folded(CONFIG, f"<pre>{escape((run.path / CONFIG).read_text('utf-8'))}</pre>")),
-        _section("Environment and data", _environment(run)),
+        _section("Configuration", _folded(CONFIG, f"<pre>{escape(files.read_text(run.path / CONFIG))}</pre>")),
+        _section("Environment and data", environment),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -154,7 +156,7 @@ def _figures(figures: Sequence[Drawn]) -> str:
         return "<p>There is nothing to draw yet.</p>"
     blocks = []
     for figure in figures:
-        data = base64.b64encode(figure.path.read_bytes()).decode()
+        data = base64.b64encode(files.read_bytes(figure.path)).decode()
         blocks.append(
             f'<figure><h3>{escape(figure.title)}</h3><img alt="{escape(figure.title)}. {escape(figure.caption)}" '
             f'src="data:image/png;base64,{data}"><figcaption>{escape(figure.caption)}</figcaption></figure>'

@@ -1,6 +1,6 @@
 """The events of a run, read once, and the numbers that summary.json keeps of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from framp_core.config import FrampConfig
 from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, MEAN, ClientAccuracy, Moment, SizeSummary, accuracies, by_capacity, summarise
 from framp_core.run_folder import PRIOR_CURVE, SUMMARY, RunFolder
+from framp_core.run_records import complete_event
 
 Event = dict[str, Any]
 PARTS = ("values", "mask", "prototypes", "framing")
@@ -76,12 +77,28 @@ class Record:
 
     @classmethod
     def of(cls, run: RunFolder) -> "Record":
-        """Read the events of a run."""
-        events = run.events()
+        """Read the events of a run.
+
+        Raises:
+            RunFolderError: they are damaged.
+        """
+        return cls._of(run.config, list(_complete(run)))
+
+    @classmethod
+    def glance(cls, run: RunFolder) -> "Record":
+        """The same without most of what is said of single clients: their training, and all but the last evaluation.
+
+        Raises:
+            RunFolderError: the events are damaged.
+        """
+        return cls._of(run.config, list(_without_clients(_complete(run))))
+
+    @classmethod
+    def _of(cls, config: FrampConfig, events: Sequence[Event]) -> "Record":
         train = {event["round"]: event for event in events if event["kind"] == "train"}
         starts = [event for event in events if event["kind"] == "start"]
         return cls(
-            config=run.config,
+            config=config,
             start=starts[-1] if starts else None,
             joins=tuple(event for event in events if event["kind"] == "join"),
             train=tuple(train[number] for number in sorted(train)),
@@ -176,6 +193,25 @@ def _refused(event: Event, reply: dict[str, Any]) -> Refused:
     client, error, trace = printable(reply["client"]), printable(reply["error"]), reply.get("traceback")
     shown = trace and printable(trace, LONGEST_TRACEBACK, lines=True, tail=True)
     return Refused(event["kind"], event["round"], client, error, shown)
+
+
+def _complete(run: RunFolder) -> Iterator[Event]:
+    return (complete_event(event, repr(str(run.path))) for event in run.each_event())
+
+
+def _without_clients(events: Iterable[Event]) -> Iterator[Event]:
+    """Most of a long log is about single clients; it is dropped while the log is read."""
+    last: list[Event] = []
+    for event in events:
+        if event["kind"] == "train":
+            event["clients"] = []
+        elif event["kind"] == "evaluate" and any(row["moment"] == "before" for row in event["accuracies"]):
+            if last and event["round"] > last[-1]["round"]:
+                for earlier in last:
+                    earlier["accuracies"] = []
+                last = []
+            last.append(event)
+        yield event
 
 
 def finish(run: RunFolder) -> dict[str, Any]:

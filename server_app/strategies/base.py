@@ -332,7 +332,8 @@ class SubmodelStrategy(Strategy):
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on after a checkpoint of the same code and settings, once the clients are found to have the same data."""
         self._checkpoint, self.rounds_done = checkpoint, checkpoint.round
-        self.registry.restore(checkpoint.tensors[DESCRIPTORS].numpy(), checkpoint.state["clients"])
+        with self.run.restoring():
+            self.registry.restore(checkpoint.tensors[DESCRIPTORS].numpy(), checkpoint.state["clients"])
         if checkpoint.round == self.config.rounds:  # It lacks its report alone, and meets no client.
             self.run.rewind(checkpoint.round, checkpoint.state["events-bytes"])
 
@@ -359,7 +360,8 @@ class SubmodelStrategy(Strategy):
                 f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
             )
         self._know_partition()
-        self._rebuild(checkpoint, client)
+        with self.run.restoring():
+            self._rebuild(checkpoint, client)
         self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
         self.defence.sizes = dict(saved["prototype-sizes"])
         self.run.rewind(checkpoint.round, saved["events-bytes"])

@@ -26,6 +26,8 @@ from framp_core.config_values import Scalar
 from framp_core.errors import ConfigError, EngineError, RunFolderError
 from framp_core.methods import METHODS
 from framp_core.metrics import MEAN
+from framp_core.report.summary import Record, summary_of
+from framp_core.run_folder import RunFolder
 from tests.conftest import TINY
 from tests.framp.test_compare_statistics import result
 
@@ -61,10 +63,10 @@ def arguments(asked: Comparison) -> list[str]:
 
 def finish_at_once(run: PlannedRun, validation: float = 0.5) -> None:
     """What the process of a run would leave, as far as the runner looks at it."""
-    run.folder.mkdir(parents=True)
-    (run.folder / "config.toml").write_text(run.config.to_toml())
-    rows = [{"capacity": "1/4", "validation": 1.0}, {"capacity": MEAN, "validation": validation}]
-    (run.folder / "summary.json").write_text(json.dumps({"rows": rows}))
+    summary = summary_of(Record.of(RunFolder.create(run.folder, run.config)))
+    empty = summary["rows"][-1]
+    rows = [{**empty, "capacity": "1/4", "validation": 1.0}, {**empty, "capacity": MEAN, "validation": validation}]
+    (run.folder / "summary.json").write_text(json.dumps({**summary, "rows": rows}))
 
 
 def no_process(*_: object, **__: object) -> None:

@@ -177,7 +177,7 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RunFolderError, match=r"round 2 .*No space left.*--resume"):
+        with pytest.raises(RunFolderError, match=r"round-000002.* cannot be written \(No space left"):
             checkpoints.write(2, tensors(2), {"note": [2]}, kept=1)
     assert is_whole(checkpoints, 1)
 

@@ -149,10 +149,10 @@ def test_clients_csv_comes_back(tmp_path: Path) -> None:
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", CONFIG)
-    run.write_json("summary.json", {"rows": [1]})
+    run.write_json("other.json", {"rows": [1]})
     with pytest.raises(TypeError):
-        run.write_json("summary.json", {"rows": object()})
-    assert run.json("summary.json") == {"rows": [1]}
+        run.write_json("other.json", {"rows": object()})
+    assert run.json("other.json") == {"rows": [1]}
     assert not list(run.path.glob("*.tmp"))
     (run.path / "summary.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"summary.json.* is not JSON"):

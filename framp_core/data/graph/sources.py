@@ -19,8 +19,9 @@ from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.cache import cached, file_stamps
 from framp_core.data.graph.checks import RawGraph, checked, tidied
 from framp_core.data.graph.neighbours import starts_of
-from framp_core.errors import DataError
+from framp_core.errors import DataError, RunFolderError
 from framp_core.extra import extra
+from framp_core.files import read_json
 
 DIGITS_NEIGHBOURS = 10
 """Nearest neighbours that a digit is connected to in ``graph-digits``."""
@@ -269,7 +270,7 @@ def _open(folder: Path) -> GraphData:
         features, edges, labels = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("features", "edges", "labels")
         )
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = read_json(folder / "facts.json")
+    except (OSError, ValueError, RunFolderError) as error:
         raise DataError(f"the cached graph in {str(folder)!r} is damaged ({error}); delete that folder") from error
     return GraphData(features, edges, labels, tuple(facts["class_names"]))
