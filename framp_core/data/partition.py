@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -180,8 +180,7 @@ def _balanced_dirichlet(available: np.ndarray, settings: PartitionConfig, rng: n
     counts = np.zeros((nodes, classes), dtype=np.int64)
     cumulative = _cumulative(priors, remaining)
     for owner, draw in zip(owners, draws, strict=True):
-        own = cumulative[owner]
-        label = bisect_right(own, draw * own[-1])
+        label = _drawn_class(cumulative[owner], draw)
         counts[owner, label] += 1
         remaining[label] -= 1
         if not remaining[label]:
@@ -212,6 +211,15 @@ def _cumulative(priors: np.ndarray, remaining: Sequence[int]) -> list[list[float
     masked[masked.sum(axis=1) == 0] = left
     cumulative: list[list[float]] = masked.cumsum(axis=1).tolist()
     return cumulative
+
+
+def _drawn_class(cumulative: Sequence[float], draw: float) -> int:
+    """The class on which a draw in [0, 1) of the total falls.
+
+    Near the smallest float a part of the total rounds up to all of it; then the last class with a mass is meant.
+    """
+    total = cumulative[-1]
+    return min(bisect_right(cumulative, draw * total), bisect_left(cumulative, total))
 
 
 def _dirichlet(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:
