@@ -1,7 +1,10 @@
+import gzip
+import io
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,10 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
+from torch_geometric.io import read_planetoid_data
+from torch_geometric.transforms import NormalizeFeatures
 
+from framp_core import memory
 from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.graph import load_graph
 from framp_core.data.graph.checks import RawGraph, checked, tidied
@@ -322,11 +328,81 @@ def test_missing_and_damaged_planetoid_files_are_named(tmp_path):
         opened(tmp_path, "cora", tmp_path)
 
 
+def as_pyg_reads(tmp_path, root, name, folder):
+    """Our own cleaning of the tensors that PyG's reader and ``NormalizeFeatures`` make."""
+    data = NormalizeFeatures()(read_planetoid_data(str(root / folder / "raw"), name))
+    np.savez(tmp_path / "pyg.npz", x=data.x, edge_index=data.edge_index, y=data.y)
+    return opened(tmp_path, "graph-file", tmp_path / "pyg.npz")
+
+
+def assert_same_graph(graph, expected):
+    np.testing.assert_array_equal(graph.features, expected.features)
+    np.testing.assert_array_equal(graph.labels, expected.labels)
+    np.testing.assert_array_equal(graph.edges, expected.edges)
+
+
+@pytest.mark.parametrize("test_nodes", [[519, 517, 518], [519, 516]])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_planetoid_files_are_what_pyg_makes_of_them(tmp_path, test_nodes, protocol):
+    name, folder = ("citeseer", "CiteSeer") if len(test_nodes) == 2 else ("pubmed", "PubMed")
+    raw_folder = tmp_path / folder / "raw"
+    write_planetoid(raw_folder, name, test_nodes)
+    for file in raw_folder.glob("*[!x]"):
+        file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes()), protocol))
+    assert_same_graph(opened(tmp_path, name, tmp_path), as_pyg_reads(tmp_path, tmp_path, name, folder))
+
+
+def test_a_hostile_planetoid_file_runs_nothing(tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    hostile = f"cos\nsystem\n(Vtouch {tmp_path / 'mark'}\ntR."
+    (tmp_path / "Cora" / "raw" / "ind.cora.allx").write_text(hostile)
+    options = {"name": "cora", "root": tmp_path, "cache": tmp_path / "cache"}
+    command = [
+        sys.executable,
+        "-m",
+        "framp",
+        "data",
+        "inspect",
+        "-o",
+        "partition.scheme=metis",
+        "-o",
+        "model.name=gcn",
+        "-o",
+        "model.widths=8,8",
+    ]
+    command += [part for key, value in options.items() for part in ("-o", f"data.{key}={value}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "asks for 'os.system'; only arrays" in " ".join(done.stderr.split())
+    assert not (tmp_path / "mark").exists()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("517\n517\n", "not all different"), ("-4\n-3\n-2", "names nodes"), ("9\n" * 10**5, "damaged")],
+)
+def test_a_test_index_that_fits_nothing_is_damaged(tmp_path, index, message):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    (tmp_path / "Cora" / "raw" / "ind.cora.test.index").write_text(index)
+    with pytest.raises(DataError, match=f"cora is damaged .*{message}|{message}"):
+        opened(tmp_path, "cora", tmp_path)
+
+
+def test_test_nodes_far_apart_take_no_memory(tmp_path):
+    write_planetoid(tmp_path / "CiteSeer" / "raw", "citeseer", test_nodes=[519, 517])
+    (tmp_path / "CiteSeer" / "raw" / "ind.citeseer.test.index").write_text(f"517\n{10**15}\n")
+    with pytest.raises(DataError, match=r"names nodes 517 to 1000000000000000; reading it takes .* are free"):
+        opened(tmp_path, "citeseer", tmp_path)
+
+
 @pytest.mark.skipif("FRAMP_PLANETOID" not in os.environ, reason="FRAMP_PLANETOID is the folder around Cora/raw")
 def test_cora_is_what_everybody_calls_cora(tmp_path):
     graph = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]))
     assert (len(graph), graph.edges.shape, graph.shape, graph.classes) == (2708, (2, 2 * 5278), (1433,), 7)
     assert sorted(np.bincount(graph.labels)) == [180, 217, 298, 351, 418, 426, 818]
+    expected = as_pyg_reads(tmp_path, Path(os.environ["FRAMP_PLANETOID"]), "cora", "Cora")
+    assert_same_graph(graph, expected)
     same = (graph.labels[graph.edges[0]] == graph.labels[graph.edges[1]]).mean()
     assert round(float(same), 2) == 0.81
     largest = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]), largest_component=True)
@@ -400,7 +476,50 @@ def test_reading_arxiv_asks_no_server_and_says_nothing(tmp_path):
 
 
 def test_what_is_not_installed_is_named_with_how_to_install_it(tmp_path, monkeypatch):
-    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
-    monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
-    with pytest.raises(ConfigError, match=r"torch_geometric\.io .*pip install 'framp\[graph\]'"):
-        opened(tmp_path, "cora", tmp_path)
+    write_arxiv(tmp_path)
+    monkeypatch.setitem(sys.modules, "ogb.io.read_graph_raw", None)
+    with pytest.raises(ConfigError, match=r"ogb\.io\.read_graph_raw .*pip install 'framp\[graph\]'"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+# --- files that claim more than they hold, or hold more than fits -------------------------------------------------
+
+
+def write_npz(path, arrays, **headers):
+    """Arrays as ``np.savez`` writes them, under the header that is given for a name instead of its own."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                content, {**np.lib.format.header_data_from_array_1_0(array), **headers.get(name, {})}
+            )
+            archive.writestr(f"{name}.npy", content.getvalue() + array.tobytes())
+
+
+@pytest.mark.parametrize("claimed", [{"shape": (10**6, 10**6)}, {"descr": "<U100000000"}, {"shape": (4, 3)}])
+def test_an_array_that_is_not_as_long_as_it_says_is_refused(tmp_path, claimed):
+    write_npz(tmp_path / "g.npz", ARRAYS)
+    assert len(opened(tmp_path, "graph-file", tmp_path / "g.npz")) == 5
+    write_npz(tmp_path / "h.npz", ARRAYS, x=claimed)
+    with pytest.raises(DataError, match=r"x\.npy says that it is .* and has 60 bytes"):
+        opened(tmp_path, "graph-file", tmp_path / "h.npz")
+
+
+def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "g.npz", **{**ARRAYS, "x": np.zeros((5, 10**6), np.float32)})
+    assert (tmp_path / "g.npz").stat().st_size < 10**5
+    monkeypatch.setattr(memory, "available_memory", lambda: 50 * 10**6)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(
+        DataError, match=r"g\.npz' has 2\..*e-05 GB, and its arrays 0\.02 GB; reading it takes 0\.06 GB"
+    ):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz")
+
+
+def test_a_table_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    write_arxiv(tmp_path)
+    file = tmp_path / "ogbn_arxiv" / "raw" / "node-feat.csv.gz"
+    file.write_bytes(gzip.compress(b"0,0,0\n" * 10**6))
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**6)
+    with pytest.raises(DataError, match=r"node-feat\.csv\.gz' unpacks to 0\.00.* GB or more; reading it takes"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)

@@ -1,8 +1,10 @@
 """Graphs with labelled nodes as memory-mapped arrays: citation graphs, digits, or a file of the user's own."""
 
 import contextlib
+import gzip
 import io
 import json
+import math
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy_format
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
@@ -19,14 +22,15 @@ from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.cache import cached, file_stamps
 from framp_core.data.graph.checks import RawGraph, checked, tidied
 from framp_core.data.graph.neighbours import starts_of
+from framp_core.data.graph.planetoid import PARTS, read_planetoid
 from framp_core.errors import DataError
 from framp_core.extra import extra
+from framp_core.memory import require_memory
 
 DIGITS_NEIGHBOURS = 10
 """Nearest neighbours that a digit is connected to in ``graph-digits``."""
 
 _PLANETOID = {"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}
-_PLANETOID_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 _ARXIV_FILES = tuple(f"{name}.csv.gz" for name in ("edge", "num-node-list", "num-edge-list", "node-feat", "node-label"))
 _ARXIV_NAMES = "labelidx2arxivcategeory.csv.gz"
 _ARXIV_URL = "http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip"
@@ -76,9 +80,9 @@ def load_graph(data: DataConfig, graph: GraphConfig) -> GraphData:
     below ``data.root``.
 
     - ``cora``, ``citeseer``, ``pubmed``: the Planetoid files in ``root/Cora/raw`` and so on, where PyG puts them,
-      read by PyG's own reader. Features are scaled to sum 1 per node as PyG's ``NormalizeFeatures`` does. The 15
-      nodes of CiteSeer without features or label are of class 0, as in PyG. The files are pickles: take them from
-      where you trust.
+      and as PyG reads them, features scaled to sum 1 per node as its ``NormalizeFeatures`` does. The 15 nodes of
+      CiteSeer without features or label are of class 0, as in PyG. The files are pickles, of which nothing runs
+      (:mod:`framp_core.data.graph.pickles`).
     - ``ogbn-arxiv``: the csv files in ``root/ogbn_arxiv/raw``, read by ogb's reader of raw files. Classes have the
       names of ``root/ogbn_arxiv/mapping`` if that is there.
     - ``graph-digits``: the 1797 digits of scikit-learn, pixels / 16 as features, with an edge to each digit from
@@ -147,21 +151,19 @@ def _digits() -> RawGraph:
 
 def _planetoid(name: str, root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
     folder = root / _PLANETOID[name] / "raw"
-    files = [folder / f"ind.{name}.{part}" for part in _PLANETOID_PARTS]
+    files = [folder / f"ind.{name}.{part}" for part in PARTS]
     help_text = (
         f"the Planetoid files of {name} must lie in {str(folder)!r}; data.root is {str(root)!r}. To download them: "
         f'python -c "from torch_geometric.datasets import Planetoid; Planetoid({str(root)!r}, {_PLANETOID[name]!r})"'
     )
 
     def read() -> RawGraph:
-        reader, transforms = extra("torch_geometric.io"), extra("torch_geometric.transforms")
         try:
-            graph = transforms.NormalizeFeatures()(reader.read_planetoid_data(str(folder), name))
-        except MemoryError:
+            return read_planetoid(folder, name)
+        except (MemoryError, DataError):
             raise
         except Exception as error:  # Damaged pickles may raise almost anything.
             raise DataError(f"{name} is damaged ({error!r}): {help_text}") from error
-        return RawGraph(graph.x.numpy(), graph.edge_index.numpy(), graph.y.numpy())
 
     return {"root": str(root), "files": _stamps(root, files, help_text)}, read
 
@@ -177,11 +179,13 @@ def _arxiv(root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
     def read() -> RawGraph:
         reader, pandas = _ogb_reader(), extra("pandas")
         try:
+            for file in (*files, names) if names.is_file() else files:
+                _require_unpacked(file)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 (graph,) = reader.read_csv_graph_raw(str(folder))
             labels = pandas.read_csv(folder / "node-label.csv.gz", header=None).to_numpy()
             named = tuple(pandas.read_csv(names).iloc[:, 1].astype(str)) if names.is_file() else None
-        except MemoryError:
+        except (MemoryError, DataError):
             raise
         except Exception as error:  # Damaged tables may raise almost anything.
             raise DataError(f"ogbn-arxiv is damaged ({error!r}): {help_text}") from error
@@ -189,6 +193,15 @@ def _arxiv(root: Path) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
 
     stamps = _stamps(root, files, help_text) + (file_stamps(root, [names]) if names.is_file() else [])
     return {"root": str(root), "files": stamps}, read
+
+
+def _require_unpacked(file: Path) -> None:
+    """A packed table whose text fits into memory, four times for the numbers that become of it."""
+    total = 0
+    with gzip.open(file) as stream:
+        while chunk := stream.read(2**20):
+            total += len(chunk)
+            require_memory(4 * total, f"{str(file)!r} unpacks to {total / 1e9:.3g} GB or more")
 
 
 def _ogb_reader() -> Any:
@@ -229,7 +242,7 @@ def _file(path: Path) -> RawGraph:
         raise DataError(f"{str(path)!r} is neither .npz nor .safetensors: {_HOW_TO_SAVE}")
     try:
         held, arrays = readers[path.suffix](path)
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # Damaged archives may raise almost anything.
         raise DataError(f"{str(path)!r} cannot be read ({error}): {_HOW_TO_SAVE}") from error
@@ -248,7 +261,23 @@ def _npz(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not what np.savez writes")
     with np.load(path, allow_pickle=False) as archive:
-        return archive.files, {name: archive[name] for name in (*_SAVED, _NAMES) if name in archive.files}
+        wanted = [name for name in (*_SAVED, _NAMES) if name in archive.files]
+        claimed = sum(_claimed(archive.zip, f"{name}.npy") for name in wanted)
+        size, unpacked = (count / 1e9 for count in (path.stat().st_size, claimed))
+        require_memory(3 * claimed, f"{str(path)!r} has {size:.3g} GB, and its arrays {unpacked:.3g} GB")
+        return archive.files, {name: archive[name] for name in wanted}
+
+
+def _claimed(archive: zipfile.ZipFile, entry: str) -> int:
+    """Bytes of an array by its header, which must be those that the archive says the entry has."""
+    with archive.open(entry) as file:
+        version = npy_format.read_magic(file)
+        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        held, claimed = archive.getinfo(entry).file_size - file.tell(), math.prod(shape) * dtype.itemsize
+    if held != claimed and not dtype.hasobject:  # Pickled objects have no size; np.load refuses them.
+        raise ValueError(f"{entry} says that it is {dtype} of shape {shape} and has {held} bytes")
+    return claimed
 
 
 def _safetensors(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
