@@ -182,7 +182,7 @@ class Client:
         return _flat_model(self.config.model, self.config.local, self.data.shape, self.data.classes)
 
     def card(self) -> dict[str, ConfigRecordValues]:
-        """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
+        """What the server must know of this client: stable name, role, capacity, data shape, sizes and digests."""
         return {
             "name": self.data.name,
             "role": self.data.role,
@@ -192,6 +192,7 @@ class Client:
             "train-examples": len(self.data.train),
             "partitions": self.partitions,
             "partition-digest": self.data.partition_digest,
+            "content-digest": self.data.content_digest,
         }
 
     @span("client.describe")

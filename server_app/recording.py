@@ -10,9 +10,10 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from framp_core.config import FrampConfig
 from framp_core.data import DataFacts, load_partition
 from framp_core.defence import Verdict
-from framp_core.errors import DataError, ProtocolError
+from framp_core.errors import DataError, ProtocolError, RunFolderError
 from framp_core.fields import read_count, read_field
 from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
+from framp_core.run_folder import MANIFEST, RunFolder
 from server_app.registry import ClientRecord
 from server_app.replies import Refusal
 
@@ -159,6 +160,16 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
             f"data.root must hold the same data everywhere"
         )
     return {**partition.manifest(), "data": DataFacts.of(data).to_dict()}
+
+
+def changed_data(run: RunFolder, config: FrampConfig, nodes: int) -> str:
+    """Which parts of the data are not those of the run's manifest, for a message; empty if the server cannot tell."""
+    try:
+        before, (_, partition) = run.json(MANIFEST)["data_digests"], load_partition(config, nodes)
+    except (DataError, KeyError, RunFolderError):
+        return ""
+    changed = [part for part, digest in partition.data_digests.items() if before.get(part) != digest]
+    return f" (changed: {', '.join(changed)})" if changed else ""
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

@@ -108,7 +108,8 @@ class ClientData:
             sample of all (images with ``evaluation.union-by-client`` come client after client). Each example is as its
             owner has it: an image with the owner's feature shift and label, a node in the owner's subgraph.
         known: what the client may look at without labels: its training images, or all nodes of its subgraph.
-        partition_digest: identifies the whole partition; equal on all clients and on the server.
+        partition_digest: identifies the whole partition and the data; equal on all clients and on the server.
+        content_digest: identifies data of the client's own, which the partition does not know; else ``-``.
     """
 
     name: str
@@ -122,6 +123,7 @@ class ClientData:
     union_test: Examples
     known: Examples
     partition_digest: str
+    content_digest: str = "-"
 
     def class_counts(self) -> np.ndarray:
         """Number of training examples per class, int64 ``(C,)``; zero for a class that the client lacks.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from framp_core.config import CapacityConfig, FrampConfig, PartitionConfig
+from framp_core.data.cache import content_digest
 from framp_core.data.shift import ConceptShift, FeatureShift, concept_shifts, feature_shifts
 from framp_core.errors import DataError
 from framp_core.randomness import stream
 from framp_core.rounding import largest_remainder
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,24 +65,25 @@ class Partition:
 
     Attributes:
         clients: in order of their index; those of role ``train`` come first.
-        data_digest: SHA-256 of the labels of both pools of images (int64, little endian, train first), or of a graph's
-            edges, labels and features.
+        data_digests: SHA-256 of each part of the data: of images ``class names``, ``training data`` and ``test data``,
+            of a graph ``class names``, ``edges``, ``features`` and ``labels``.
         seed: root seed that it was made with.
         settings: the configuration sections ``partition`` and ``capacity`` that it was made with.
     """
 
     clients: tuple[ClientSplit, ...]
-    data_digest: str
+    data_digests: Mapping[str, str]
     seed: int
     settings: dict[str, Any]
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ``{"data_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
+        """SHA-256 of ``{"data_digests", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
 
-        Equal digests mean the same examples, transforms and labels on the same clients, however they were arrived at.
+        Equal digests mean the same examples, transforms, labels and class names on the same clients, however they were
+        arrived at.
         """
-        content = {"data_digest": self.data_digest, "clients": [client.to_dict() for client in self.clients]}
+        content = {"data_digests": dict(self.data_digests), "clients": [client.to_dict() for client in self.clients]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:
@@ -90,13 +92,19 @@ class Partition:
             "version": MANIFEST_VERSION,
             "seed": self.seed,
             **self.settings,
-            "data_digest": self.data_digest,
+            "data_digests": dict(self.data_digests),
             "digest": self.digest,
             "clients": [client.to_dict() for client in self.clients],
         }
 
 
-def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: np.ndarray, classes: int) -> Partition:
+def make_partition(
+    config: FrampConfig,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    classes: int,
+    digests: Mapping[str, str] | None = None,
+) -> Partition:
     """Divide the train and test pools over ``config.partition.nodes`` clients.
 
     A scheme decides how many images of each class a client gets; which ones is drawn at random.
@@ -128,6 +136,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
         train_labels: int64 ``(N,)`` in [0, classes).
         test_labels: int64 ``(M,)``.
         classes: C, the number of classes.
+        digests: of the data, by part, which become part of the partition's; None where the labels are all there is.
 
     Raises:
         DataError: a client would end without training or test images, more classes per client than there are,
@@ -157,7 +166,8 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     nested = config.to_nested()
     return Partition(
         clients=tuple(clients),
-        data_digest=hashlib.sha256(np.concatenate([train_labels, test_labels]).astype("<i8").tobytes()).hexdigest(),
+        data_digests=digests
+        or {"training data": content_digest(train_labels), "test data": content_digest(test_labels)},
         seed=seed,
         settings={"partition": nested["partition"], "capacity": nested["capacity"]},
     )

@@ -1,7 +1,7 @@
 """Image data sets as memory-mapped uint8 arrays: digits, CIFAR, or a folder of the user's own images."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps
 
 from framp_core.config import DataConfig
-from framp_core.data.cache import cached, file_stamps
+from framp_core.data.cache import cached, content_digest, file_stamps, names_digest
 from framp_core.data.transforms import PUBLISHED, Normaliser
 from framp_core.errors import DataError
 from framp_core.randomness import stream
@@ -38,6 +38,8 @@ class ImageData:
         test_labels: int64 ``(M,)``.
         class_names: name of each label.
         normaliser: measured on the train pool, or the published one.
+        digests: SHA-256 of ``class names``, ``training data`` and ``test data``, pixels and labels in the order of
+            their pool; made once, with the cache.
     """
 
     train_images: np.ndarray
@@ -46,6 +48,7 @@ class ImageData:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
     normaliser: Normaliser
+    digests: Mapping[str, str]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -340,7 +343,11 @@ def _save_arrays(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarra
 
 def _save_facts(folder: Path, class_names: Sequence[str]) -> None:
     normaliser = Normaliser.of(np.load(folder / "train_images.npy", mmap_mode="r"))
-    facts = {"class_names": list(class_names), "mean": normaliser.mean, "std": normaliser.std}
+    digests = {"class names": names_digest(class_names)}
+    for split, part in zip(_SPLITS, ("training data", "test data"), strict=True):
+        arrays = (np.load(folder / f"{split}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
+        digests[part] = content_digest(*arrays)
+    facts = {"class_names": list(class_names), "mean": normaliser.mean, "std": normaliser.std, "digests": digests}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -353,8 +360,8 @@ def _open(folder: Path) -> ImageData:
             for kind in ("images", "labels")
         )
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
+        names, digests = tuple(facts["class_names"]), dict(facts["digests"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
-    normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
-    names = tuple(facts["class_names"])
-    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser)
+    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser, digests)

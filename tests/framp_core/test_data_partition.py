@@ -304,17 +304,18 @@ def test_the_manifest_rebuilds_the_split():
         )
         for client in manifest["clients"]
     )
-    rebuilt = Partition(clients, manifest["data_digest"], manifest["seed"], {})
+    rebuilt = Partition(clients, manifest["data_digests"], manifest["seed"], {})
     assert rebuilt.digest == original.digest == manifest["digest"]
     for ours, theirs in zip(rebuilt.clients, original.clients, strict=True):
         np.testing.assert_array_equal(ours.train, theirs.train)
         assert Fraction(ours.capacity) == theirs.capacity
 
-    content = {key: manifest[key] for key in ("data_digest", "clients")}
+    content = {key: manifest[key] for key in ("data_digests", "clients")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
-    labels = np.concatenate([train, test]).astype("<i8").tobytes()
-    assert hashlib.sha256(labels).hexdigest() == manifest["data_digest"]
+    for part, labels in (("training data", train), ("test data", test)):
+        stated = f"<i8({len(labels)},)".encode() + labels.astype("<i8").tobytes()
+        assert hashlib.sha256(stated).hexdigest() == manifest["data_digests"][part]
 
     flat = {"seed": manifest["seed"]}
     for section in ("partition", "capacity"):
@@ -337,7 +338,7 @@ def test_without_shifts_the_digest_is_that_of_the_indices_alone(problem):
         }
         for client in partition.clients
     ]
-    content = {"data_digest": partition.data_digest, "clients": clients}
+    content = {"data_digests": partition.data_digests, "clients": clients}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == partition.digest
 
@@ -412,7 +413,7 @@ def test_shifts_are_in_the_manifest_and_rebuild_it():
             *("cluster", "kind", "order", "gain_red", "gain_green", "gain_blue", "negative")
         }
         assert sorted(client["concept_shift"]["labels"]) == [0, 1, 2, 3]
-    content = {key: manifest[key] for key in ("data_digest", "clients")}
+    content = {key: manifest[key] for key in ("data_digests", "clients")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
 

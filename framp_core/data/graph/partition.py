@@ -1,6 +1,5 @@
 """Who holds which nodes: cutting a graph into parts for the clients (DESIGN section 5)."""
 
-import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +43,7 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
     A client may lack classes, even all but one, for which the logit adjustment of local training is made, but not
     training or test nodes. Concept shift renames a client's labels as for images.
 
-    ``data_digest`` of the result is the SHA-256 of ``graph.edges`` (first the sources of all edges, then the targets)
-    and ``graph.labels``, int64, and ``graph.features``, float32, all little endian, one after the other. Positions in
-    the splits are nodes, and the splits of all clients refer to the same numbering.
+    Positions in the splits are nodes, and the splits of all clients refer to the same numbering.
 
     Args:
         config: sections ``partition``, ``capacity``, ``graph`` and ``data.cache`` and the seed are used.
@@ -74,14 +71,7 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
         clients.append(ClientSplit(client_name(index), role, fractions[index], *held, None, concepts[index]))
     nested = config.to_nested()
     made_with = {key: nested[key] for key in ("partition", "capacity", "graph")}
-    return Partition(tuple(clients), _digest(graph), seed, made_with)
-
-
-def _digest(graph: GraphData) -> str:
-    digest = hashlib.sha256()
-    for array, kind in ((graph.edges, "<i8"), (graph.labels, "<i8"), (graph.features, "<f4")):
-        digest.update(np.ascontiguousarray(array, dtype=kind).data)
-    return digest.hexdigest()
+    return Partition(tuple(clients), graph.digests, seed, made_with)
 
 
 def _check(settings: PartitionConfig, nodes: int) -> None:
@@ -142,8 +132,7 @@ def _parts(config: FrampConfig, graph: GraphData) -> np.ndarray:
         parts = (_metis if scheme == "metis" else _louvain)(_symmetric(graph), count, number)
         np.save(folder / "parts.npy", parts.astype(np.int64))
 
-    edges = hashlib.sha256(graph.edges.astype("<i8").tobytes()).hexdigest()
-    made_of = {"edges": edges, "nodes": len(graph), "scheme": scheme, "parts": count, "seed": number}
+    made_of = {"edges": graph.digests["edges"], "nodes": len(graph), "scheme": scheme, "parts": count, "seed": number}
     identity = {**made_of, package: version(package)}
     folder = cached(config.data.cache, identity, build)
     try:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 from framp_core.config import DataConfig, GraphConfig
-from framp_core.data.cache import cached, file_stamps
+from framp_core.data.cache import cached, content_digest, file_stamps, names_digest
 from framp_core.data.graph.checks import RawGraph, checked, tidied
 from framp_core.data.graph.neighbours import starts_of
 from framp_core.data.graph.planetoid import PARTS, read_planetoid
@@ -48,12 +48,14 @@ class GraphData:
             a node to itself; an undirected graph has every edge in both directions.
         labels: int64 ``(N,)`` in [0, number of classes); a class may have no nodes.
         class_names: name of each label.
+        digests: SHA-256 of ``class names``, ``edges``, ``features`` and ``labels``; made once, with the cache.
     """
 
     features: np.ndarray
     edges: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+    digests: Mapping[str, str]
 
     def __len__(self) -> int:
         """N, the number of nodes."""
@@ -109,9 +111,17 @@ def load_graph(data: DataConfig, graph: GraphConfig) -> GraphData:
         ready = tidied(checked(read(), repr(data.root or data.name)), **options)
         for name, array in (("features", ready.x), ("edges", ready.edge_index), ("labels", ready.y)):
             np.save(folder / f"{name}.npy", np.ascontiguousarray(array))
-        (folder / "facts.json").write_text(json.dumps({"class_names": ready.class_names}), encoding="utf-8")
+        facts = {"class_names": ready.class_names, "digests": digests_of(ready)}
+        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
     return _open(cached(data.cache, {"name": data.name, **identity, **options}, build))
+
+
+def digests_of(graph: RawGraph) -> dict[str, str]:
+    """Of a graph that is checked and tidied, as :class:`GraphData` has them."""
+    assert graph.class_names is not None
+    arrays = {"edges": graph.edge_index, "features": graph.x, "labels": graph.y}
+    return {"class names": names_digest(graph.class_names), **{part: content_digest(arrays[part]) for part in arrays}}
 
 
 def _source(data: DataConfig) -> tuple[dict[str, Any], Callable[[], RawGraph]]:
@@ -299,6 +309,6 @@ def _open(folder: Path) -> GraphData:
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("features", "edges", "labels")
         )
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return GraphData(features, edges, labels, tuple(facts["class_names"]), dict(facts["digests"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cached graph in {str(folder)!r} is damaged ({error}); delete that folder") from error
-    return GraphData(features, edges, labels, tuple(facts["class_names"]))
