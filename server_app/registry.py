@@ -178,7 +178,7 @@ class ClientRegistry:
             self.clients[row["name"]] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
 
     def moved(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Connected clients of :meth:`state` whose content digest or descriptor, and so their data, is another one now."""
+        """Connected clients of :meth:`state` whose data, by content digest or descriptor, are others now."""
         before = {row["name"]: (row, descriptor) for row, descriptor in zip(rows, descriptors, strict=True)}
         known = [(client, *before[client.name]) for client in self.online() if client.name in before]
         return [
