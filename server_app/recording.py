@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from framp_core.config import FrampConfig
 from framp_core.data import DataFacts, load_partition
 from framp_core.defence import Verdict
-from framp_core.errors import DataError, ProtocolError, RunFolderError
+from framp_core.errors import DataError, FrampError, ProtocolError
 from framp_core.fields import read_count, read_field
 from framp_core.metrics import COLUMNS, ClientAccuracy, Moment, Population, PriorCounts, summarise
 from framp_core.run_folder import MANIFEST, RunFolder
@@ -163,10 +163,10 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
 
 
 def changed_data(run: RunFolder, config: FrampConfig, nodes: int) -> str:
-    """Which parts of the data are not those of the run's manifest, for a message; empty if the server cannot tell."""
+    """Which parts of the data are not those of the run's manifest, for a message; empty where that cannot be told."""
     try:
         before, (_, partition) = run.json(MANIFEST)["data_digests"], load_partition(config, nodes)
-    except (DataError, KeyError, RunFolderError):
+    except (FrampError, KeyError):
         return ""
     changed = [part for part, digest in partition.data_digests.items() if before.get(part) != digest]
     return f" (changed: {', '.join(changed)})" if changed else ""
