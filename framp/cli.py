@@ -33,7 +33,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data and partitions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
-_RESUME = "flwr.framp.resume"
+_SHOWN = ("flwr.framp.resume", "flwr.framp.data")
+"""Loggers whose warnings are shown, too."""
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="TOML preset; none: the digits preset.", show_default=False)]
 Overrides = Annotated[
@@ -328,14 +329,18 @@ def _clients_table(summary: "DataSummary") -> Table:
 
 
 def _log_errors() -> None:
-    """Flower's log only where something went wrong, and how a run goes on; the progress display shows the rest."""
+    """Flower's log only where something went wrong, how a run goes on, and what of the data is left out.
+
+    The progress display shows the rest.
+    """
     handler = RichHandler(console=console, show_path=False, show_time=False)
     # A run turns its own logger up for log.jsonl, so that what the console shows is decided here.
-    handler.addFilter(lambda record: record.levelno >= (logging.WARNING if record.name == _RESUME else logging.ERROR))
+    handler.addFilter(lambda record: record.levelno >= (logging.WARNING if record.name in _SHOWN else logging.ERROR))
     logger = logging.getLogger("flwr")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR)
-    logging.getLogger(_RESUME).setLevel(logging.WARNING)
+    for name in _SHOWN:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from framp_core.config import FrampConfig
-from framp_core.data import DataFacts, load_partition
+from framp_core.data import DataFacts, load_partition, warn_of_notes
 from framp_core.defence import Verdict
 from framp_core.errors import DataError, FrampError, ProtocolError
 from framp_core.fields import read_count, read_field
@@ -147,6 +147,8 @@ def read_prior_counts(client: ClientRecord, strengths: int, content: RecordDict)
 def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
     """The partition's manifest, made again on the server, and ``data``, what a model must be told of the data.
 
+    ``notes`` say what was left out of the data or read otherwise than may be expected; they are logged, too.
+
     The digest alone where the server cannot read the data.
     """
     try:
@@ -159,7 +161,7 @@ def manifest(config: FrampConfig, nodes: int, digest: str) -> dict[str, Any]:
             f"clients work on partition {digest[:12]}, the server's data give {partition.digest[:12]}; "
             f"data.root must hold the same data everywhere"
         )
-    return {**partition.manifest(), "data": DataFacts.of(data).to_dict()}
+    return {**partition.manifest(), "data": DataFacts.of(data).to_dict(), "notes": warn_of_notes(data)}
 
 
 def changed_data(run: RunFolder, config: FrampConfig, nodes: int) -> str:

@@ -22,7 +22,7 @@ import torch
 from framp.engines.processes import free_port, start, stop, tail, wait_until_healthy
 from framp.engines.ray_cluster import cluster_nodes, gpus_per_client
 from framp_core.config import FrampConfig
-from framp_core.data import load_partition
+from framp_core.data import load_partition, warn_of_notes
 from framp_core.errors import EngineError
 from framp_core.fingerprint import code_root
 from framp_core.run_folder import RunFolder
@@ -59,7 +59,8 @@ def run_flower(config: FrampConfig) -> RunFolder:
         raise EngineError("output.folder is empty; the Flower engine needs to know where the run folder will be")
     if not config.engine.ray_address:
         # As in process: what is wrong with the data is said here, and not by every client after the start.
-        load_partition(config, config.partition.nodes)
+        data, _ = load_partition(config, config.partition.nodes)
+        warn_of_notes(data)
     app = code_root()
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")

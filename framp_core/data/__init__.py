@@ -1,6 +1,6 @@
 """Images and graphs, their partition over clients, and what one client sees of them."""
 
-from framp_core.data.client_data import load_client, load_partition
+from framp_core.data.client_data import load_client, load_partition, warn_of_notes
 from framp_core.data.examples import ClientData, Examples
 from framp_core.data.facts import DataFacts
 from framp_core.data.images import LabelledImages, own_client
@@ -27,4 +27,5 @@ __all__ = [
     "make_partition",
     "own_client",
     "summarise_data",
+    "warn_of_notes",
 ]

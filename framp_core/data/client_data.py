@@ -1,5 +1,6 @@
 """From a configuration to what each client holds, whatever the kind of data."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from framp_core.config import GRAPH_DATA, FrampConfig
@@ -11,6 +12,8 @@ from framp_core.errors import DataError
 
 if TYPE_CHECKING:
     from framp_core.data.graph import GraphData
+
+logger = logging.getLogger("flwr.framp.data")
 
 # framp_core.data.graph is imported where a graph is asked for: what it needs is an optional extra.
 
@@ -31,6 +34,14 @@ def load_partition(config: FrampConfig, partitions: int) -> "tuple[ImageData | G
 
         return load_graph_partition(config, partitions)
     return image_partition(config, partitions)
+
+
+def warn_of_notes(data: "ImageData | GraphData") -> dict[str, str]:
+    """Log, in one line, what was left out of the data or read otherwise than may be expected; return it, too."""
+    notes = dict(data.notes)
+    if notes:
+        logger.warning("data: %s", "; ".join(f"{about}: {said}" for about, said in notes.items()))
+    return notes
 
 
 def load_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +34,8 @@ class ClientSplit:
         test: int64, ascending, positions in the test pool; at least one.
         feature_shift: transform of all its images; None where feature shift is off.
         concept_shift: permutation of its labels; None where concept shift is off.
+        context: int64, ascending, further nodes of a graph, which have no label or are in no part of its own split:
+            their features pass to their neighbours, and nothing is trained or tested on them.
     """
 
     name: str
@@ -44,9 +46,15 @@ class ClientSplit:
     test: np.ndarray
     feature_shift: FeatureShift | None = None
     concept_shift: ConceptShift | None = None
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def held(self) -> np.ndarray:
+        """All nodes of a graph that the client holds, int64, ascending."""
+        return np.sort(np.concatenate([self.train, self.validation, self.test, self.context]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The split in JSON's types; a shift that is off is left out."""
+        """The split in JSON's types; a shift that is off and a context without nodes are left out."""
         shifts = {"feature_shift": self.feature_shift, "concept_shift": self.concept_shift}
         return {
             "name": self.name,
@@ -55,6 +63,7 @@ class ClientSplit:
             "train": self.train.tolist(),
             "validation": self.validation.tolist(),
             "test": self.test.tolist(),
+            **({"context": self.context.tolist()} if len(self.context) else {}),
             **{name: shift.to_dict() for name, shift in shifts.items() if shift is not None},
         }
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class ImageData:
         normaliser: measured on the train pool, or the published one.
         digests: SHA-256 of ``class names``, ``training data`` and ``test data``, pixels and labels in the order of
             their pool; made once, with the cache.
+        notes: what was left out of a folder of images, or read otherwise than may be expected, by what it is about.
     """
 
     train_images: np.ndarray
@@ -49,6 +50,7 @@ class ImageData:
     class_names: tuple[str, ...]
     normaliser: Normaliser
     digests: Mapping[str, str]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:

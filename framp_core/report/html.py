@@ -254,6 +254,7 @@ def _environment(run: RunFolder) -> str:
     manifest = run.json(MANIFEST) if run.has(MANIFEST) else {}
     lines = [(WORDS.get(key, key.capitalize()), value) for key, value in known.items()]
     lines += [*versions.items(), ("Partition digest", manifest.get("digest"))]
+    lines += [(f"Data, {about}", said) for about, said in (manifest.get("notes") or {}).items()]
     rows = [[str(key), MISSING if value is None else str(value)] for key, value in lines]
     return _table(Table(("What", "Value"), cells(rows), labels=2), kind="facts")
 

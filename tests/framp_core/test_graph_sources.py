@@ -25,7 +25,7 @@ from torch_geometric.transforms import NormalizeFeatures
 from framp_core import memory
 from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.graph import load_graph
-from framp_core.data.graph.checks import RawGraph, checked, tidied
+from framp_core.data.graph.checks import RawGraph, checked, split_of, tidied
 from framp_core.errors import ConfigError, DataError
 
 
@@ -75,7 +75,7 @@ def test_edges_are_in_one_order_without_loops_and_repeats(raw, undirected, large
     numbers = {node: number for number, node in enumerate(kept)}
     expected = {(numbers[a], numbers[b]) for a, b in expected if a in numbers}
     if len({int(raw.y[node]) for node in kept}) == 1:
-        with pytest.raises(DataError, match=r"largest-component=true leaves .* all of label"):
+        with pytest.raises(DataError, match=r"largest-component=true leaves .* all nodes with a label have label"):
             tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
         return
     graph = tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
@@ -106,11 +106,15 @@ def raw(x=None, edge_index=None, y=None, class_names=None):
         ({"y": [0, 1, 0]}, "y of here has 3 labels and x 4 nodes: node 3 has no label"),
         ({"y": [0, 1, 0, 1, 0]}, "y of here has 5 labels and x 4 nodes: label 4 belongs to no node"),
         ({"y": np.eye(4)}, r"y of here has shape \(4, 4\); expected one label per node, \(4,\)"),
-        ({"y": [0, 1, 0.5, 1]}, "y of here is float64, node 0 has 0.0; expected whole numbers"),
-        ({"y": [0, 1, -1, 1]}, "node 2 has label -1; expected 0 to C - 1.* remove nodes without a label"),
-        ({"y": [0, 1, 7, 1]}, "node 2 has label 7; .*no more classes than the 4 nodes. Renumber"),
+        ({"y": [0, 1, 0.5, 1]}, "node 2 has label 0.5; expected whole numbers from 0 to C - 1"),
+        ({"y": ["a", "b", "a", "b"]}, "y of here is <U1, node 0 has a; expected whole numbers"),
+        ({"y": [0, 1, -2, 1]}, "node 2 has label -2; expected .* or -1 for a node without a label"),
+        ({"y": [0, 1, np.inf, 1]}, "node 2 has label inf; expected whole numbers"),
+        ({"y": [-1, 1, -1, 1]}, "all nodes with a label have label 1; expected two classes or more"),
+        ({"y": [np.nan] * 4}, "y of here: no node has a label"),
+        ({"y": [0, 1, 7, 1]}, "node 2 has label 7; .*no more classes than the 4 nodes, .* Renumber"),
         ({"y": np.array([0, 1, 2**64 - 1, 1], dtype=np.uint64)}, "node 2 has label 18446744073709551615"),
-        ({"y": [1, 1, 1, 1]}, "all nodes have label 1; expected two classes or more"),
+        ({"y": [1, 1, 1, 1]}, "all nodes with a label have label 1; expected two classes or more"),
         ({"edge_index": [0, 1]}, r"edge_index of here has shape \(2,\); expected \(2, edges\)"),
         ({"edge_index": [[0, 1], [1, 2], [2, 3]]}, r"shape \(3, 2\).*\(transpose it\)"),
         ({"edge_index": [[0.0, 1], [1, 2]]}, "edge_index of here is float64; expected whole numbers"),
@@ -132,6 +136,42 @@ def test_what_is_odd_and_allowed():
     column = checked(raw(y=[[0], [1], [0], [1]]), "here")
     np.testing.assert_array_equal(column.y, [0, 1, 0, 1])
     assert checked(raw(class_names=("a", "b", "nobody")), "here").class_names == ("a", "b", "nobody")
+
+
+@pytest.mark.parametrize("none", [-1, np.nan])
+def test_nodes_without_a_label_are_kept(none):
+    graph = checked(raw(y=[0, none, 2, none]), "here")
+    np.testing.assert_array_equal(graph.y, [0, -1, 2, -1])
+    assert (graph.y.dtype, graph.class_names, len(graph.x)) == (np.int64, ("0", "1", "2"), 4)
+
+
+MASKS = {"train_mask": [1, 0, 0, 0], "val_mask": [0, 1, 0, 0], "test_mask": [0, 0, 1, 0]}
+
+
+def test_masks_become_roles():
+    masks = {name: np.array(mask, dtype=bool) for name, mask in MASKS.items()}
+    np.testing.assert_array_equal(split_of(masks, 4, "here"), [0, 1, 2, -1])
+    np.testing.assert_array_equal(
+        split_of({name: mask[:, None].astype(np.uint8) for name, mask in masks.items()}, 4, "here"), [0, 1, 2, -1]
+    )
+    del masks["val_mask"]
+    np.testing.assert_array_equal(split_of(masks, 4, "here"), [0, -1, 2, -1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_mask": None}, "here holds no 'test_mask'; save the masks"),
+        ({"test_mask": [1, 0, 1, 0]}, "test_mask of here holds node 0, which train_mask holds too"),
+        ({"val_mask": [0, 1, 0]}, r"val_mask of here is int64 of shape \(3,\); expected true or false for each node"),
+        ({"val_mask": [0, 2, 0, 0]}, "expected true or false for each node"),
+        ({"train_mask": np.zeros((4, 10))}, r"10 splits side by side: save one of them, such as train_mask\[:, 0\]"),
+    ],
+)
+def test_masks_that_are_no_split_are_refused(changed, message):
+    masks = {name: np.array(mask) for name, mask in {**MASKS, **changed}.items() if mask is not None}
+    with pytest.raises(DataError, match=message):
+        split_of(masks, 4, "here")
 
 
 # --- files of the user's own --------------------------------------------------------------------------------------
@@ -184,6 +224,47 @@ def test_bytes_changed_anywhere_in_an_archive_are_read_or_refused(tmp_path):
         except DataError:
             refused += 1
     assert refused > 30
+
+
+SPLIT_FILE = {
+    **ARRAYS,
+    "train_mask": np.array([1, 0, 0, 0, 0], bool),
+    "val_mask": np.array([0, 1, 0, 0, 0], bool),
+    "test_mask": np.array([0, 0, 1, 1, 0], bool),
+    "edge_attr": np.ones((4, 2)),
+    "node\x1b[31m_year": np.zeros(5),
+}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_what_a_file_holds_and_nobody_reads_is_said(tmp_path, suffix):
+    file = tmp_path / f"g.{suffix}"
+    np.savez(file, **SPLIT_FILE) if suffix == "npz" else save_numpy(SPLIT_FILE, file)
+    drawn = opened(tmp_path, "graph-file", file)
+    assert drawn.split is None
+    order = ", ".join(
+        name for name in (np.load(file).files if suffix == "npz" else sorted(SPLIT_FILE)) if "mask" in name
+    )
+    assert drawn.notes == {
+        "masks": f"{order} not used: the split is random; graph.split=file takes theirs",
+        "edge weights": "'edge_attr' not read: all edges count the same",
+        "not read": r"'node\x1b[31m_year'",
+    }
+    own = opened(tmp_path, "graph-file", file, split="file")
+    np.testing.assert_array_equal(own.split, [0, 1, 2, 2, -1])
+    assert set(own.notes) == {"edge weights", "not read"}
+    np.testing.assert_array_equal(
+        opened(tmp_path, "graph-file", file, split="file", largest_component=True).split, [0, 1, 2]
+    )
+
+
+def test_a_file_with_nothing_else_has_no_notes(tmp_path):
+    np.savez(tmp_path / "g.npz", **ARRAYS, class_names=["a", "b", "c"])
+    assert opened(tmp_path, "graph-file", tmp_path / "g.npz").notes == {}
+    with pytest.raises(DataError, match=r"graph\.split='file' and .*g\.npz' holds no 'train_mask'"):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz", split="file")
+    with pytest.raises(DataError, match="digits have no split of their own"):
+        opened(tmp_path, "graph-digits", split="file")
 
 
 def test_a_saved_pyg_graph_is_read_from_either_format(tmp_path):
@@ -335,6 +416,15 @@ def as_pyg_reads(tmp_path, root, name, folder):
     return opened(tmp_path, "graph-file", tmp_path / "pyg.npz")
 
 
+def test_the_public_split_of_planetoid_is_pygs(tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    graph = opened(tmp_path, "cora", tmp_path, split="file")
+    data = read_planetoid_data(str(tmp_path / "Cora" / "raw"), "cora")
+    for role, mask in enumerate((data.train_mask, data.val_mask, data.test_mask)):
+        np.testing.assert_array_equal(graph.split == role, mask)
+    assert np.bincount(graph.split + 1).tolist() == [15, 2, 500, 3]
+
+
 def assert_same_graph(graph, expected):
     np.testing.assert_array_equal(graph.features, expected.features)
     np.testing.assert_array_equal(graph.labels, expected.labels)
@@ -440,6 +530,20 @@ def test_arxiv_is_read_from_the_raw_tables(tmp_path, names, capfd):
     assert pairs(graph.edges) == {(0, 1), (1, 2), (2, 0), (4, 3)}
     assert graph.class_names == (tuple(f"arxiv cs {c}" for c in "abcde") if names else tuple("01234"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_arxiv_has_a_split_by_years(tmp_path):
+    write_arxiv(tmp_path)
+    with pytest.raises(
+        DataError, match=r"'train\.csv\.gz', 'valid\.csv\.gz', 'test\.csv\.gz' is missing in .*split/time"
+    ):
+        opened(tmp_path, "ogbn-arxiv", tmp_path, split="file")
+    folder = tmp_path / "ogbn_arxiv" / "split" / "time"
+    folder.mkdir(parents=True)
+    for part, nodes in (("train", [4, 0]), ("valid", [2]), ("test", [1])):
+        pandas.DataFrame(nodes).to_csv(folder / f"{part}.csv.gz", index=False, header=False)
+    np.testing.assert_array_equal(opened(tmp_path, "ogbn-arxiv", tmp_path, split="file").split, [0, 2, 1, -1, 0])
+    assert opened(tmp_path, "ogbn-arxiv", tmp_path).split is None
 
 
 def test_missing_and_damaged_arxiv_tables_are_named(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from framp_core.data.graph.checks import RawGraph
+from framp_core.data.graph.checks import NO_ROLE, RawGraph
 from framp_core.data.graph.pickles import dense, read_pickle
 from framp_core.memory import require_memory
 
@@ -16,7 +16,7 @@ VALIDATION_NODES = 500
 
 
 def read_planetoid(folder: Path, name: str) -> RawGraph:
-    """Read a graph as PyG's ``Planetoid`` and ``NormalizeFeatures`` do, which a test compares.
+    """Read a graph and its public split as PyG's ``Planetoid`` and ``NormalizeFeatures`` do, which a test compares.
 
     The files are pickles, which are read as :mod:`framp_core.data.graph.pickles` says: nothing in them runs.
 
@@ -44,7 +44,10 @@ def read_planetoid(folder: Path, name: str) -> RawGraph:
     features = torch.from_numpy(x).float()
     features -= features.min()
     features /= features.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    return RawGraph(features.numpy(), edges, labels)
+    split = np.full(len(labels), NO_ROLE, dtype=np.int8)
+    training = len(known["y"])
+    split[:training], split[training : training + VALIDATION_NODES], split[tests] = 0, 1, 2
+    return RawGraph(features.numpy(), edges, labels, split=split)
 
 
 def _with_gaps(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
