@@ -33,7 +33,7 @@ INSTRUCTION: dict[str, dict[str, object]] = {
 CARD: dict[str, dict[str, object]] = {
     "client": {
         **{"name": "client-0001", "role": "train", "capacity": "1/4", "shape": [1, 8, 8], "classes": 10},
-        **{"train-examples": 40, "partitions": 5, "partition-digest": "b" * 64},
+        **{"train-examples": 40, "partitions": 5, "partition-digest": "b" * 64, "content-digest": "-"},
     },
     "framp": {"payload": DESCRIPTOR, "reference": 7},
 }
