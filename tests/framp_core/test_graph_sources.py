@@ -620,10 +620,23 @@ def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused_before_it_is
         opened(tmp_path, "graph-file", tmp_path / "g.npz")
 
 
-def test_a_table_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+def test_a_table_of_weights_is_said_and_one_that_is_no_file_is_refused(tmp_path):
     write_arxiv(tmp_path)
-    file = tmp_path / "ogbn_arxiv" / "raw" / "node-feat.csv.gz"
+    weights = tmp_path / "ogbn_arxiv" / "raw" / "edge-feat.csv.gz"
+    weights.write_bytes(gzip.compress(b"1.5\n" * 4))
+    said = opened(tmp_path, "ogbn-arxiv", tmp_path).notes
+    assert said == {"edge weights": "'edge_feat' not read: all edges count the same"}
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(DataError, match=r"'edge-feat\.csv\.gz' is missing"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+@pytest.mark.parametrize("table", ["node-feat", "edge-feat"])
+def test_a_table_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch, table):
+    write_arxiv(tmp_path)
+    file = tmp_path / "ogbn_arxiv" / "raw" / f"{table}.csv.gz"
     file.write_bytes(gzip.compress(b"0,0,0\n" * 10**6))
     monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**6)
-    with pytest.raises(DataError, match=r"node-feat\.csv\.gz' unpacks to 0\.00.* GB or more; reading it takes"):
+    with pytest.raises(DataError, match=rf"{table}\.csv\.gz' unpacks to 0\.00.* GB or more; reading it takes"):
         opened(tmp_path, "ogbn-arxiv", tmp_path)

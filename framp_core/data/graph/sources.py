@@ -217,12 +217,13 @@ def _arxiv(root: Path, own_split: bool) -> tuple[dict[str, Any], Callable[[], Ra
             raise
         except Exception as error:  # Damaged tables may raise almost anything.
             raise DataError(f"ogbn-arxiv is damaged ({error!r}): {help_text}") from error
-        return RawGraph(graph["node_feat"], graph["edge_index"], labels, named, split)
+        unread = () if graph["edge_feat"] is None else ("edge_feat",)
+        return RawGraph(graph["node_feat"], graph["edge_index"], labels, named, split, unread)
 
-    read_files = [*files, *(parts if own_split else [])]
-    stamps = _stamps(root, files, help_text) + (_stamps(root, parts, help_text) if own_split else [])
-    if names.is_file():
-        read_files, stamps = [*read_files, names], stamps + file_stamps(root, [names])
+    weights = folder / "edge-feat.csv.gz"  # Not part of ogbn-arxiv, but ogb's reader takes it if it is there.
+    optional = [*([weights] if weights.exists() else []), *([names] if names.is_file() else [])]
+    read_files = [*files, *optional, *(parts if own_split else [])]
+    stamps = _stamps(root, [*files, *optional], help_text) + (_stamps(root, parts, help_text) if own_split else [])
     return {"root": str(root), "files": stamps}, read
 
 
