@@ -183,7 +183,7 @@ class Client:
         return _flat_model(self.config.model, self.config.local, self.data.shape, self.data.classes)
 
     def card(self) -> dict[str, ConfigRecordValues]:
-        """What the server must know of this client: stable name, role, capacity, data shape and sizes."""
+        """What the server must know of this client: stable name, role, capacity, data shape, sizes and digests."""
         tested = self._tested()
         return {
             "name": self.data.name,
@@ -195,6 +195,7 @@ class Client:
             **{f"{name}-examples": len(tested.get(name, ())) for name in POPULATIONS},
             "partitions": self.partitions,
             "partition-digest": self.data.partition_digest,
+            "content-digest": self.data.content_digest,
         }
 
     @span("client.describe")

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import httpx
-import psutil
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ArrayRecord
@@ -32,12 +31,12 @@ from framp_core.config_values import Scalar, parse_capacity
 from framp_core.errors import ConfigError, DataError, EngineError, FrampError
 from framp_core.fields import NAMES, is_name, shown
 from framp_core.fingerprint import code_fingerprint
+from framp_core.memory import available_memory
 from framp_core.report.tables import human_bytes
 from framp_core.run_folder import RunFolder
 from server_app.strategies import STRATEGIES
 
 _REACH_SECONDS = 10.0
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -295,16 +294,6 @@ def installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise EngineError(f"{package} is not installed here; install the project anew") from error
-
-
-def available_memory() -> int:
-    """Bytes that a new process can take: what the machine has free, within what the container may use."""
-    free: int = psutil.virtual_memory().available
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        return free
 
 
 def compose_variables(device: Device, peak_bytes: int) -> str:

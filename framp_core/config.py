@@ -52,7 +52,7 @@ _OF_IMAGES = (
 )
 """Settings without a meaning for graphs, whose parts follow from their edges and whose nodes are not transformed."""
 _OF_GRAPHS = (
-    *("graph.undirected", "graph.largest_component", "graph.train_share", "graph.validation_share"),
+    *("graph.undirected", "graph.largest_component", "graph.split", "graph.train_share", "graph.validation_share"),
     *("graph.full_batch_nodes", "graph.neighbours", "graph.hops", "partition.overlap", "model.dropout"),
 )
 """Settings without a meaning for images."""
@@ -109,6 +109,11 @@ class GraphConfig(_Section):
 
     undirected: bool = Field(True, description="add the reverse of every edge; false keeps the directions given")
     largest_component: bool = Field(False, description="keep the largest connected component alone (FedSheafHN)")
+    split: Literal["random", "file"] = Field(
+        "random",
+        description="who trains, validates and tests: nodes drawn at random by the shares, or the data set's own split "
+        "(masks of a graph-file, public splits of Planetoid and ogbn-arxiv)",
+    )
     train_share: float = Field(0.4, gt=0, lt=1, description="share of the nodes that are training data")
     validation_share: float = Field(0.3, ge=0, lt=1, description="share for validation; the rest is test data")
     full_batch_nodes: int = Field(
@@ -121,6 +126,17 @@ class GraphConfig(_Section):
         (15, 10), description="neighbours sampled per node and layer, from the training nodes outwards"
     )
     hops: int = Field(2, ge=0, description="steps of parameter-free propagation before descriptors look at features")
+
+    @model_validator(mode="after")
+    def _shares_are_of_the_random_split(self) -> Self:
+        for name in ("train_share", "validation_share") if self.split == "file" else ():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"graph.split='file' takes the data set's own split, for which "
+                    f"graph.{name.replace('_', '-')}={value:g} means nothing; leave it at {default:g}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _some_are_tested(self) -> Self:

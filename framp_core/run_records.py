@@ -125,6 +125,8 @@ class _Data(TypedDict):
 class _Manifest(TypedDict):
     digest: str
     data: NotRequired[_Data]
+    data_digests: NotRequired[dict[str, str]]
+    notes: NotRequired[dict[str, str]]
 
 
 _MEASURED = {

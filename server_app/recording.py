@@ -10,9 +10,10 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from framp_core.config import FrampConfig
 from framp_core.data import DataFacts, ImageData, Partition, load_partition, warn_of_notes
 from framp_core.defence import Verdict
-from framp_core.errors import DataError, ProtocolError
+from framp_core.errors import DataError, FrampError, ProtocolError
 from framp_core.fields import read_count, read_field, shown
 from framp_core.metrics import COLUMNS, POPULATIONS, ClientAccuracy, Moment, Population, PriorCounts, summarise
+from framp_core.run_folder import MANIFEST, RunFolder
 from server_app.registry import MAX_EXAMPLES, ClientRecord
 from server_app.replies import Refusal
 
@@ -206,6 +207,16 @@ def largest_counts(partition: Partition) -> dict[str, int]:
         "validation": max(len(client.validation) for client in clients),
         "union": sum(len(client.test) for client in clients if client.role == "train"),
     }
+
+
+def changed_data(run: RunFolder, config: FrampConfig, nodes: int) -> str:
+    """Which parts of the data are not those of the run's manifest, for a message; empty where that cannot be told."""
+    try:
+        before, (_, partition) = run.json(MANIFEST)["data_digests"], load_partition(config, nodes)
+    except (FrampError, KeyError):
+        return ""
+    changed = [part for part, digest in partition.data_digests.items() if before.get(part) != digest]
+    return f" (changed: {', '.join(changed)})" if changed else ""
 
 
 def mean_record(rows: Sequence[Row]) -> MetricRecord | None:

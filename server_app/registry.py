@@ -56,6 +56,7 @@ class ClientRecord:
         descriptor: v_i, float32 ``(d,)``.
         descriptor_bytes: size of the encoded descriptor.
         reference: name of the reference mask that the client holds, None for none.
+        content_digest: hash of data that the partition does not know, ``-`` for none.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ClientRecord:
     descriptor: np.ndarray
     descriptor_bytes: int
     reference: object = None
+    content_digest: str = "-"
 
     @classmethod
     def read(cls, node_id: int, content: RecordDict) -> "ClientRecord":
@@ -99,6 +101,7 @@ class ClientRecord:
             descriptor=_descriptor(blob),
             descriptor_bytes=len(blob),
             reference=held_reference(content),
+            content_digest=read_name(card, "content-digest"),
         )
 
     @property
@@ -193,10 +196,15 @@ class ClientRegistry:
             ) from error
 
     def moved(self, descriptors: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Connected clients of :meth:`state` whose descriptor is another one now, so that their data are, too."""
-        before = {row["name"]: descriptor for row, descriptor in zip(rows, descriptors, strict=True)}
-        known = [client for client in self.online() if client.name in before]
-        return [each.name for each in known if np.linalg.norm(each.descriptor - before[each.name]) > SAME_DESCRIPTOR]
+        """Connected clients of :meth:`state` whose data, by content digest or descriptor, are others now."""
+        before = {row["name"]: (row, descriptor) for row, descriptor in zip(rows, descriptors, strict=True)}
+        known = [(client, *before[client.name]) for client in self.online() if client.name in before]
+        return [
+            client.name
+            for client, row, descriptor in known
+            if client.content_digest != row["content_digest"]
+            or np.linalg.norm(client.descriptor - descriptor) > SAME_DESCRIPTOR
+        ]
 
     @property
     def expected(self) -> int:

@@ -14,6 +14,7 @@ from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
 from framp_core.methods import METHODS, is_ablation, settings_of
 from framp_core.run_folder import SUMMARY, RunFolder
+from server_app.recording import changed_data
 
 Item = TypeVar("Item")
 
@@ -50,7 +51,7 @@ class PlannedRun:
         """Whether its folder holds this run with its summary; what an interrupted run left does not count.
 
         Raises:
-            RunFolderError: the folder holds something else, or a run with other settings.
+            RunFolderError: the folder holds something else, or a run with other settings or on other data.
             ConfigError: the folder's configuration is not one of this version.
         """
         # A run that was killed while it wrote its first file leaves no more than that file's temporary one.
@@ -63,7 +64,14 @@ class PlannedRun:
                 f"{'; '.join(self.config.differences(found.config.to_flat()))}. Results are never overwritten: "
                 "ask for the same settings, give --out another folder, or remove this run"
             )
-        return found.has(SUMMARY)
+        if not found.has(SUMMARY):
+            return False
+        if changed := changed_data(found, self.config, self.config.partition.nodes):
+            raise RunFolderError(
+                f"the run in {str(self.folder)!r} is on other data than those in {self.config.data.root!r}{changed}. "
+                "Results are never overwritten: give --out another folder, or remove this run"
+            )
+        return True
 
 
 @dataclass(frozen=True)

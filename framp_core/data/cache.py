@@ -5,15 +5,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from framp_core.errors import DataError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def cache_root(folder: str) -> Path:
@@ -33,6 +34,21 @@ def file_stamps(root: Path, files: Iterable[Path]) -> list[tuple[str, int, int]]
         status = file.stat()
         stamps.append((str(file.relative_to(root)), status.st_size, status.st_mtime_ns))
     return stamps
+
+
+def content_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the type, shape and numbers (little endian) of some arrays; the same on every machine."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        ordered = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        digest.update(f"{ordered.dtype.str}{array.shape}".encode())
+        digest.update(ordered.reshape(-1).data)
+    return digest.hexdigest()
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """SHA-256 of the names of the classes, in order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def cached(folder: str, identity: Mapping[str, Any], build: Callable[[Path], None]) -> Path:

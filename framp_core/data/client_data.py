@@ -38,7 +38,7 @@ def load_partition(config: FrampConfig, partitions: int) -> "tuple[ImageData | G
 
 def warn_of_notes(data: "ImageData | GraphData") -> dict[str, str]:
     """Log, in one line, what was left out of the data or read otherwise than may be expected; return it, too."""
-    notes = dict(data.notes) if isinstance(data, ImageData) else {}
+    notes = dict(data.notes)
     if notes:
         logger.warning("data: %s", "; ".join(f"{about}: {said}" for about, said in notes.items()))
     return notes

@@ -108,7 +108,8 @@ class ClientData:
             sample of all (images with ``evaluation.union-by-client`` come client after client). Each example is as its
             owner has it: an image with the owner's feature shift and label, a node in the owner's subgraph.
         known: what the client may look at without labels: its training images, or all nodes of its subgraph.
-        partition_digest: identifies the whole partition; equal on all clients and on the server.
+        partition_digest: identifies the whole partition and the data; equal on all clients and on the server.
+        content_digest: identifies data of the client's own, which the partition does not know; else ``-``.
         notes: what was left out of the folder that was read, or read otherwise than may be expected, by what it is
             about.
     """
@@ -124,6 +125,7 @@ class ClientData:
     union_test: Examples
     known: Examples
     partition_digest: str
+    content_digest: str = "-"
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def class_counts(self) -> np.ndarray:

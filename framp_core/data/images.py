@@ -174,7 +174,7 @@ def image_partition(config: FrampConfig, partitions: int) -> tuple[ImageData, Pa
         )
     images = _images(config.data, config.seed)
     scaled = config.model_copy(update={"partition": config.partition.for_nodes(partitions)})
-    return images, make_partition(scaled, images.train_labels, images.test_labels, images.classes)
+    return images, make_partition(scaled, images.train_labels, images.test_labels, images.classes, images.digests)
 
 
 @lru_cache(maxsize=4)
@@ -230,7 +230,10 @@ def _reading_order(config: FrampConfig, client: str, use: str, positions: np.nda
 
 
 class _Holding(NamedTuple):
-    """Where a client's images are: its split of two pools, the union of all test images, and the partition's digest."""
+    """Where a client's images are: its split of two pools, the union of all test images, and digests.
+
+    ``digest`` is the partition's, ``content_digest`` that of images which the partition does not know.
+    """
 
     images: ImageData
     split: ClientSplit
@@ -238,6 +241,7 @@ class _Holding(NamedTuple):
     test: LabelledImages
     union: LabelledImages
     digest: str
+    content_digest: str = "-"
 
 
 def _dealt(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
@@ -250,6 +254,9 @@ def _own(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
     """All images of this device, which sees nobody else's: there is no union.
 
     What clients must agree on, and the digest says, are the classes, the shape of the images and the number of clients.
+    That the images are those with which a run began, the content digest says: 32 bits of a SHA-256 of all pixels and
+    labels, with the client's name and the run's seed, so that it does not link the data of runs with different seeds.
+    By it the server can confirm a guess of all of a client's images to the last pixel, and nothing about some of them.
     """
     images, settings = _images(config.data, config.seed), config.partition.for_nodes(partitions)
     train, test = (
@@ -261,13 +268,15 @@ def _own(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
     capacity = capacities(config.capacity, settings, config.seed)[partition_id]
     split = ClientSplit(client_name(partition_id), role, capacity, kept, validation, test.indices)
     agreed = json.dumps([images.class_names, images.shape, settings.clients, settings.unseen_clients])
-    return _Holding(images, split, train, test, test.first(0), hashlib.sha256(agreed.encode()).hexdigest())
+    content = json.dumps([config.seed, split.name, dict(images.digests)], sort_keys=True)
+    digest, own = (hashlib.sha256(text.encode()).hexdigest() for text in (agreed, content))
+    return _Holding(images, split, train, test, test.first(0), digest, own[:8])
 
 
 def image_client(config: FrampConfig, partition_id: int, partitions: int) -> ClientData:
     """One client's images."""
     find = _own if config.data.name == OWN_IMAGES else _dealt
-    images, split, train, test, union, digest = find(config, partition_id, partitions)
+    images, split, train, test, union, digest, content_digest = find(config, partition_id, partitions)
     own = replace(train, indices=_reading_order(config, split.name, "train", split.train))
     return ClientData(
         name=split.name,
@@ -281,6 +290,7 @@ def image_client(config: FrampConfig, partition_id: int, partitions: int) -> Cli
         union_test=union,
         known=own,
         partition_digest=digest,
+        content_digest=content_digest,
         notes=images.notes,
     )
 

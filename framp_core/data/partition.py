@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from framp_core.config import CapacityConfig, FrampConfig, PartitionConfig
+from framp_core.data.cache import content_digest
 from framp_core.data.shift import ConceptShift, FeatureShift, concept_shifts, feature_shifts
 from framp_core.errors import DataError
 from framp_core.randomness import stream
 from framp_core.rounding import largest_remainder
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class ClientSplit:
         test: int64, ascending, positions in the test pool; at least one.
         feature_shift: transform of all its images; None where feature shift is off.
         concept_shift: permutation of its labels; None where concept shift is off.
+        context: int64, ascending, further nodes of a graph, which have no label or are in no part of its own split:
+            their features pass to their neighbours, and nothing is trained or tested on them.
     """
 
     name: str
@@ -43,9 +46,15 @@ class ClientSplit:
     test: np.ndarray
     feature_shift: FeatureShift | None = None
     concept_shift: ConceptShift | None = None
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def held(self) -> np.ndarray:
+        """All nodes of a graph that the client holds, int64, ascending."""
+        return np.sort(np.concatenate([self.train, self.validation, self.test, self.context]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The split in JSON's types; a shift that is off is left out."""
+        """The split in JSON's types; a shift that is off and a context without nodes are left out."""
         shifts = {"feature_shift": self.feature_shift, "concept_shift": self.concept_shift}
         return {
             "name": self.name,
@@ -54,6 +63,7 @@ class ClientSplit:
             "train": self.train.tolist(),
             "validation": self.validation.tolist(),
             "test": self.test.tolist(),
+            **({"context": self.context.tolist()} if len(self.context) else {}),
             **{name: shift.to_dict() for name, shift in shifts.items() if shift is not None},
         }
 
@@ -64,24 +74,25 @@ class Partition:
 
     Attributes:
         clients: in order of their index; those of role ``train`` come first.
-        data_digest: SHA-256 of the labels of both pools of images (int64, little endian, train first), or of a graph's
-            edges, labels and features.
+        data_digests: SHA-256 of each part of the data: of images ``class names``, ``training data`` and ``test data``,
+            of a graph ``class names``, ``edges``, ``features`` and ``labels``.
         seed: root seed that it was made with.
         settings: the configuration sections ``partition`` and ``capacity`` that it was made with.
     """
 
     clients: tuple[ClientSplit, ...]
-    data_digest: str
+    data_digests: Mapping[str, str]
     seed: int
     settings: dict[str, Any]
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ``{"data_digest", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
+        """SHA-256 of ``{"data_digests", "clients"}`` as in :meth:`manifest`, JSON with sorted keys, no spaces.
 
-        Equal digests mean the same examples, transforms and labels on the same clients, however they were arrived at.
+        Equal digests mean the same examples, transforms, labels and class names on the same clients, however they were
+        arrived at.
         """
-        content = {"data_digest": self.data_digest, "clients": [client.to_dict() for client in self.clients]}
+        content = {"data_digests": dict(self.data_digests), "clients": [client.to_dict() for client in self.clients]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:
@@ -90,13 +101,19 @@ class Partition:
             "version": MANIFEST_VERSION,
             "seed": self.seed,
             **self.settings,
-            "data_digest": self.data_digest,
+            "data_digests": dict(self.data_digests),
             "digest": self.digest,
             "clients": [client.to_dict() for client in self.clients],
         }
 
 
-def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: np.ndarray, classes: int) -> Partition:
+def make_partition(
+    config: FrampConfig,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    classes: int,
+    digests: Mapping[str, str] | None = None,
+) -> Partition:
     """Divide the train and test pools over ``config.partition.nodes`` clients.
 
     A scheme decides how many images of each class a client gets; which ones is drawn at random.
@@ -128,6 +145,7 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
         train_labels: int64 ``(N,)`` in [0, classes).
         test_labels: int64 ``(M,)``.
         classes: C, the number of classes.
+        digests: of the data, by part, which become part of the partition's; None where the labels are all there is.
 
     Raises:
         DataError: a client would end without training or test images, more classes per client than there are,
@@ -157,7 +175,8 @@ def make_partition(config: FrampConfig, train_labels: np.ndarray, test_labels: n
     nested = config.to_nested()
     return Partition(
         clients=tuple(clients),
-        data_digest=hashlib.sha256(np.concatenate([train_labels, test_labels]).astype("<i8").tobytes()).hexdigest(),
+        data_digests=digests
+        or {"training data": content_digest(train_labels), "test data": content_digest(test_labels)},
         seed=seed,
         settings={"partition": nested["partition"], "capacity": nested["capacity"]},
     )
@@ -180,8 +199,7 @@ def _balanced_dirichlet(available: np.ndarray, settings: PartitionConfig, rng: n
     counts = np.zeros((nodes, classes), dtype=np.int64)
     cumulative = _cumulative(priors, remaining)
     for owner, draw in zip(owners, draws, strict=True):
-        own = cumulative[owner]
-        label = bisect_right(own, draw * own[-1])
+        label = _drawn_class(cumulative[owner], draw)
         counts[owner, label] += 1
         remaining[label] -= 1
         if not remaining[label]:
@@ -212,6 +230,15 @@ def _cumulative(priors: np.ndarray, remaining: Sequence[int]) -> list[list[float
     masked[masked.sum(axis=1) == 0] = left
     cumulative: list[list[float]] = masked.cumsum(axis=1).tolist()
     return cumulative
+
+
+def _drawn_class(cumulative: Sequence[float], draw: float) -> int:
+    """The class on which a draw in [0, 1) of the total falls.
+
+    Near the smallest float a part of the total rounds up to all of it; then the last class with a mass is meant.
+    """
+    total = cumulative[-1]
+    return min(bisect_right(cumulative, draw * total), bisect_left(cumulative, total))
 
 
 def _dirichlet(available: np.ndarray, settings: PartitionConfig, rng: np.random.Generator) -> np.ndarray:

@@ -15,7 +15,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from framp_core.config import DataConfig
-from framp_core.data.cache import cached, file_stamps
+from framp_core.data.cache import cached, content_digest, file_stamps, names_digest
 from framp_core.data.image_file import FRAMES, TRANSPARENT, Wanted, channels_first, read_image, resized
 from framp_core.data.image_folder import Listing, read_client_folder, read_image_folder, several
 from framp_core.data.transforms import PUBLISHED, Normaliser
@@ -47,6 +47,8 @@ class ImageData:
         test_labels: int64 ``(M,)``.
         class_names: name of each label.
         normaliser: measured on the train pool, or the published one.
+        digests: SHA-256 of ``class names``, ``training data`` and ``test data``, pixels and labels in the order of
+            their pool; made once, with the cache.
         notes: what was left out of a folder of images, or read otherwise than may be expected, by what it is about.
     """
 
@@ -56,6 +58,7 @@ class ImageData:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
     normaliser: Normaliser
+    digests: Mapping[str, str]
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -326,7 +329,11 @@ def _save_arrays(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarra
 
 def _save_facts(folder: Path, class_names: Sequence[str]) -> None:
     normaliser = Normaliser.of(np.load(folder / "train_images.npy", mmap_mode="r"))
-    facts = {"class_names": list(class_names), "mean": normaliser.mean, "std": normaliser.std}
+    digests = {"class names": names_digest(class_names)}
+    for split, part in zip(_SPLITS, ("training data", "test data"), strict=True):
+        arrays = (np.load(folder / f"{split}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
+        digests[part] = content_digest(*arrays)
+    facts = {"class_names": list(class_names), "mean": normaliser.mean, "std": normaliser.std, "digests": digests}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -340,8 +347,8 @@ def _open(folder: Path) -> ImageData:
         )
         facts = read_json(folder / "facts.json")
         notes = read_json(folder / _NOTES) if (folder / _NOTES).is_file() else {}
-    except (OSError, ValueError, RunFolderError) as error:
+        normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
+        names, digests = tuple(facts["class_names"]), dict(facts["digests"])
+    except (OSError, ValueError, KeyError, TypeError, RunFolderError) as error:
         raise DataError(f"the cached images in {str(folder)!r} are damaged ({error}); delete that folder") from error
-    normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
-    names = tuple(facts["class_names"])
-    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser, notes)
+    return ImageData(train_images, train_labels, test_images, test_labels, names, normaliser, digests, notes)

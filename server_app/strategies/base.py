@@ -33,12 +33,13 @@ from framp_core.models import build_model, initial_parameters
 from framp_core.packed_mask import Masks, PackedMask
 from framp_core.prototypes import Prototypes
 from framp_core.randomness import stream
-from framp_core.run_folder import RunFolder
+from framp_core.run_folder import MANIFEST, RunFolder
 from framp_core.run_log import about
 from framp_core.spans import span
 from server_app.recording import (
     Known,
     accuracy_record,
+    changed_data,
     client_rows,
     known_partition,
     largest_counts,
@@ -349,15 +350,17 @@ class SubmodelStrategy(Strategy):
     def _go_on(self, checkpoint: Checkpoint, client: ClientRecord) -> None:
         saved = checkpoint.state
         if self.registry.task != saved["task"]:
+            changed = changed_data(self.run, self.config, self.registry.expected)
             raise ResumeError(
                 f"the clients have {self.registry.task}; the checkpoint in {str(self.run.path)!r} is about "
-                f"{saved['task']}. Go on with the data that it was trained on, or start a new run"
+                f"{saved['task']}{changed}. Go on with the data that it was trained on, or start a new run"
             )
         moved = self.registry.moved(checkpoint.tensors[DESCRIPTORS].numpy(), saved["clients"])
         if moved:
             raise ResumeError(
-                f"the labels are those of the checkpoint in {str(self.run.path)!r}, the inputs are not: {len(moved)} "
-                f"clients, {moved[0]} among them, have another descriptor. Go on with the data that it was trained on"
+                f"the partition is that of the checkpoint in {str(self.run.path)!r}, the data are not: {len(moved)} "
+                f"clients, {moved[0]} among them, have other images or another descriptor. Go on with the data that it "
+                f"was trained on"
             )
         self._know_partition()
         with self.run.restoring():
@@ -444,7 +447,7 @@ class SubmodelStrategy(Strategy):
                 wanted,
                 wanted,
             )
-        self.run.write_json("manifest.json", manifest(known, first.partition_digest))
+        self.run.write_json(MANIFEST, manifest(known, first.partition_digest))
         self._record(
             "start",
             0,

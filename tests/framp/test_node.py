@@ -103,14 +103,6 @@ def test_too_little_memory_is_said(
     assert "of 0 B free; free memory" in failures(tiny(), device)["memory"]
 
 
-def test_memory_is_what_the_container_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_CGROUP", tmp_path)
-    whole = node.available_memory()
-    (tmp_path / "memory.current").write_text("300\n")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert node.available_memory() == 700 < whole
-
-
 @pytest.mark.usefixtures("without_memory")
 def test_each_fault_is_found_and_only_that_one(
     tiny: Callable[..., FrampConfig], device: Device, tmp_path: Path

@@ -11,6 +11,8 @@ from framp_core.config import FrampConfig
 from framp_core.data.partition import (
     ClientSplit,
     Partition,
+    _cumulative,
+    _drawn_class,
     _matched_counts,
     _turns,
     largest_remainder,
@@ -302,17 +304,18 @@ def test_the_manifest_rebuilds_the_split():
         )
         for client in manifest["clients"]
     )
-    rebuilt = Partition(clients, manifest["data_digest"], manifest["seed"], {})
+    rebuilt = Partition(clients, manifest["data_digests"], manifest["seed"], {})
     assert rebuilt.digest == original.digest == manifest["digest"]
     for ours, theirs in zip(rebuilt.clients, original.clients, strict=True):
         np.testing.assert_array_equal(ours.train, theirs.train)
         assert Fraction(ours.capacity) == theirs.capacity
 
-    content = {key: manifest[key] for key in ("data_digest", "clients")}
+    content = {key: manifest[key] for key in ("data_digests", "clients")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
-    labels = np.concatenate([train, test]).astype("<i8").tobytes()
-    assert hashlib.sha256(labels).hexdigest() == manifest["data_digest"]
+    for part, labels in (("training data", train), ("test data", test)):
+        stated = f"<i8({len(labels)},)".encode() + labels.astype("<i8").tobytes()
+        assert hashlib.sha256(stated).hexdigest() == manifest["data_digests"][part]
 
     flat = {"seed": manifest["seed"]}
     for section in ("partition", "capacity"):
@@ -335,7 +338,7 @@ def test_without_shifts_the_digest_is_that_of_the_indices_alone(problem):
         }
         for client in partition.clients
     ]
-    content = {"data_digest": partition.data_digest, "clients": clients}
+    content = {"data_digests": partition.data_digests, "clients": clients}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == partition.digest
 
@@ -410,7 +413,7 @@ def test_shifts_are_in_the_manifest_and_rebuild_it():
             *("cluster", "kind", "order", "gain_red", "gain_green", "gain_blue", "negative")
         }
         assert sorted(client["concept_shift"]["labels"]) == [0, 1, 2, 3]
-    content = {key: manifest[key] for key in ("data_digest", "clients")}
+    content = {key: manifest[key] for key in ("data_digests", "clients")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
 
@@ -435,3 +438,43 @@ def test_a_prior_without_mass_on_what_is_left_takes_from_what_is_left():
     counts = training_counts(make_partition(asked, labels, labels, 3), labels, 3)
     assert counts.sum(axis=0).tolist() == [50, 1, 1]
     assert counts.sum(axis=1).tolist() == [13] * 4
+
+
+# --- extreme concentrations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [8, 19])
+def test_priors_near_the_smallest_float_stay_within_the_classes(seed):
+    """At alpha 1e-3 what a prior leaves of its mass may be 5e-324, and a part of that rounds up to all of it."""
+    labels, test_labels = np.repeat(np.arange(10), 144), np.repeat(np.arange(10), 36)
+    partition = make_partition(config(seed=seed, alpha=1e-3), labels, test_labels, 10)
+    assert sum(len(client.train) + len(client.validation) for client in partition.clients) == len(labels)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    st.sampled_from(SCHEMES),
+    st.floats(-6, 6).map(lambda exponent: 10**exponent),
+    st.integers(0, 10_000),
+    st.integers(2, 60),
+    st.integers(1, 4),
+    st.integers(1, 9),
+)
+def test_every_concentration_gives_every_image_one_owner(scheme, alpha, seed, classes, per_class, clients):
+    labels = shuffled_labels([per_class] * classes, seed)
+    settings_ = config(scheme=scheme, alpha=alpha, seed=seed, clients=clients, unseen_clients=1)
+    held = made((settings_, labels, labels, classes)).clients
+    for pool in ([[*client.train, *client.validation] for client in held], [client.test for client in held]):
+        owned = np.concatenate(pool)
+        assert len(np.unique(owned)) == len(owned)
+        if scheme != "classes-per-client":
+            assert len(owned) == len(labels)
+
+
+def test_a_class_that_is_gone_is_never_drawn_from_tiny_masses():
+    tiny = 5e-324
+    for masses in ([0.0, tiny, 0.0], [tiny, tiny, 0.0], [0.0, 2 * tiny, tiny, 0.0, 0.0], [1.0, tiny, 0.0]):
+        (own,) = _cumulative(np.array([masses]), [1] * len(masses))
+        for draw in (0.0, 0.25, 0.5, 0.75, 1 - 2**-53):
+            label = _drawn_class(own, draw)
+            assert masses[label] > 0, (masses, draw, label)

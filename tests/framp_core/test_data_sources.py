@@ -145,6 +145,20 @@ def test_damaged_cifar_is_refused(tmp_path):
         load_images(config(tmp_path, name="cifar10", root=str(tmp_path)), seed=0)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("part", ["first", "meta"])
+def test_a_hostile_cifar_file_is_known_by_its_checksum_before_it_is_opened(tmp_path, name, part):
+    """CIFAR's files are pickles; torchvision compares each with its published MD5 first, which this holds it to."""
+    source = getattr(torchvision.datasets, name.upper())
+    files = [file for file, _ in source.train_list + source.test_list]
+    write_cifar(tmp_path / source.base_folder, files, "labels", source.meta, 10)
+    hostile = f"cos\nsystem\n(Vtouch {tmp_path / 'mark'}\ntR."
+    (tmp_path / source.base_folder / (files[0] if part == "first" else source.meta["filename"])).write_text(hostile)
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        load_images(config(tmp_path, name=name, root=str(tmp_path)), seed=0)
+    assert not (tmp_path / "mark").exists()
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "image-folder"])
 def test_a_root_is_asked_for(tmp_path, name):
     with pytest.raises(DataError, match=r"data\.root is empty"):

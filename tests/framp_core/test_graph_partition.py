@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from framp_core.config import FrampConfig
 from framp_core.data.graph import GraphData, graph_facts, make_graph_partition
 from framp_core.data.graph.checks import RawGraph, checked, tidied
+from framp_core.data.graph.sources import digests_of
 from framp_core.errors import ConfigError, DataError
 
 
@@ -21,7 +22,7 @@ def graph_of(edges, nodes, labels=None, undirected=True):
         np.arange(nodes) % 2 if labels is None else np.array(labels),
     )
     ready = tidied(checked(raw, "here"), undirected=undirected, largest_component=False)
-    return GraphData(ready.x, ready.edge_index, ready.y, ready.class_names)
+    return GraphData(ready.x, ready.edge_index, ready.y, ready.class_names, digests_of(ready))
 
 
 def cliques(count, size, labels=None):
@@ -305,16 +306,21 @@ def test_capacities_are_shared_out_as_for_images(config):
 def test_the_digest_covers_edges_labels_features_and_splits(config):
     graph = cliques(2, 20)
     partition = make_graph_partition(config(clients=2), graph)
-    content = b"".join(array.astype("<i8").tobytes() for array in (graph.edges[0], graph.edges[1], graph.labels))
-    content += graph.features.astype("<f4").tobytes()
-    assert partition.data_digest == hashlib.sha256(content).hexdigest()
+    edges = b"".join(np.ascontiguousarray(row, "<i8").tobytes() for row in graph.edges)
+    parts = {
+        "class names": b'["0", "1"]',
+        "edges": f"<i8(2, {graph.edges.shape[1]})".encode() + edges,
+        "features": b"<f4(40, 1)" + graph.features.astype("<f4").tobytes(),
+        "labels": b"<i8(40,)" + graph.labels.astype("<i8").tobytes(),
+    }
+    assert partition.data_digests == {part: hashlib.sha256(content).hexdigest() for part, content in parts.items()}
     manifest = partition.manifest()
     assert {"partition", "capacity", "graph"} <= set(manifest)
     assert manifest["clients"][0]["train"] == partition.clients[0].train.tolist()
     other = cliques(2, 20, 1 - np.arange(40) % 2)
-    assert make_graph_partition(config(clients=2), other).data_digest != partition.data_digest
-    brighter = replace(graph, features=graph.features + 1)
-    assert make_graph_partition(config(clients=2), brighter).data_digest != partition.data_digest
+    assert make_graph_partition(config(clients=2), other).digest != partition.digest
+    renamed = replace(graph, digests={**graph.digests, "class names": "x"})
+    assert make_graph_partition(config(clients=2), renamed).digest != partition.digest
 
 
 @pytest.mark.parametrize("scheme", ["metis", "louvain"])

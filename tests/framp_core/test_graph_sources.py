@@ -1,7 +1,10 @@
+import gzip
+import io
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,13 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
+from torch_geometric.io import read_planetoid_data
+from torch_geometric.transforms import NormalizeFeatures
 
+from framp_core import memory
 from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.graph import load_graph
-from framp_core.data.graph.checks import RawGraph, checked, tidied
+from framp_core.data.graph.checks import RawGraph, checked, split_of, tidied
 from framp_core.errors import ConfigError, DataError
 
 
@@ -69,7 +75,7 @@ def test_edges_are_in_one_order_without_loops_and_repeats(raw, undirected, large
     numbers = {node: number for number, node in enumerate(kept)}
     expected = {(numbers[a], numbers[b]) for a, b in expected if a in numbers}
     if len({int(raw.y[node]) for node in kept}) == 1:
-        with pytest.raises(DataError, match=r"largest-component=true leaves .* all of label"):
+        with pytest.raises(DataError, match=r"largest-component=true leaves .* all nodes with a label have label"):
             tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
         return
     graph = tidied(checked(raw, "here"), undirected=undirected, largest_component=largest)
@@ -100,11 +106,15 @@ def raw(x=None, edge_index=None, y=None, class_names=None):
         ({"y": [0, 1, 0]}, "y of here has 3 labels and x 4 nodes: node 3 has no label"),
         ({"y": [0, 1, 0, 1, 0]}, "y of here has 5 labels and x 4 nodes: label 4 belongs to no node"),
         ({"y": np.eye(4)}, r"y of here has shape \(4, 4\); expected one label per node, \(4,\)"),
-        ({"y": [0, 1, 0.5, 1]}, "y of here is float64, node 0 has 0.0; expected whole numbers"),
-        ({"y": [0, 1, -1, 1]}, "node 2 has label -1; expected 0 to C - 1.* remove nodes without a label"),
-        ({"y": [0, 1, 7, 1]}, "node 2 has label 7; .*no more classes than the 4 nodes. Renumber"),
+        ({"y": [0, 1, 0.5, 1]}, "node 2 has label 0.5; expected whole numbers from 0 to C - 1"),
+        ({"y": ["a", "b", "a", "b"]}, "y of here is <U1, node 0 has a; expected whole numbers"),
+        ({"y": [0, 1, -2, 1]}, "node 2 has label -2; expected .* or -1 for a node without a label"),
+        ({"y": [0, 1, np.inf, 1]}, "node 2 has label inf; expected whole numbers"),
+        ({"y": [-1, 1, -1, 1]}, "all nodes with a label have label 1; expected two classes or more"),
+        ({"y": [np.nan] * 4}, "y of here: no node has a label"),
+        ({"y": [0, 1, 7, 1]}, "node 2 has label 7; .*no more classes than the 4 nodes, .* Renumber"),
         ({"y": np.array([0, 1, 2**64 - 1, 1], dtype=np.uint64)}, "node 2 has label 18446744073709551615"),
-        ({"y": [1, 1, 1, 1]}, "all nodes have label 1; expected two classes or more"),
+        ({"y": [1, 1, 1, 1]}, "all nodes with a label have label 1; expected two classes or more"),
         ({"edge_index": [0, 1]}, r"edge_index of here has shape \(2,\); expected \(2, edges\)"),
         ({"edge_index": [[0, 1], [1, 2], [2, 3]]}, r"shape \(3, 2\).*\(transpose it\)"),
         ({"edge_index": [[0.0, 1], [1, 2]]}, "edge_index of here is float64; expected whole numbers"),
@@ -126,6 +136,42 @@ def test_what_is_odd_and_allowed():
     column = checked(raw(y=[[0], [1], [0], [1]]), "here")
     np.testing.assert_array_equal(column.y, [0, 1, 0, 1])
     assert checked(raw(class_names=("a", "b", "nobody")), "here").class_names == ("a", "b", "nobody")
+
+
+@pytest.mark.parametrize("none", [-1, np.nan])
+def test_nodes_without_a_label_are_kept(none):
+    graph = checked(raw(y=[0, none, 2, none]), "here")
+    np.testing.assert_array_equal(graph.y, [0, -1, 2, -1])
+    assert (graph.y.dtype, graph.class_names, len(graph.x)) == (np.int64, ("0", "1", "2"), 4)
+
+
+MASKS = {"train_mask": [1, 0, 0, 0], "val_mask": [0, 1, 0, 0], "test_mask": [0, 0, 1, 0]}
+
+
+def test_masks_become_roles():
+    masks = {name: np.array(mask, dtype=bool) for name, mask in MASKS.items()}
+    np.testing.assert_array_equal(split_of(masks, 4, "here"), [0, 1, 2, -1])
+    np.testing.assert_array_equal(
+        split_of({name: mask[:, None].astype(np.uint8) for name, mask in masks.items()}, 4, "here"), [0, 1, 2, -1]
+    )
+    del masks["val_mask"]
+    np.testing.assert_array_equal(split_of(masks, 4, "here"), [0, -1, 2, -1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_mask": None}, "here holds no 'test_mask'; save the masks"),
+        ({"test_mask": [1, 0, 1, 0]}, "test_mask of here holds node 0, which train_mask holds too"),
+        ({"val_mask": [0, 1, 0]}, r"val_mask of here is int64 of shape \(3,\); expected true or false for each node"),
+        ({"val_mask": [0, 2, 0, 0]}, "expected true or false for each node"),
+        ({"train_mask": np.zeros((4, 10))}, r"10 splits side by side: save one of them, such as train_mask\[:, 0\]"),
+    ],
+)
+def test_masks_that_are_no_split_are_refused(changed, message):
+    masks = {name: np.array(mask) for name, mask in {**MASKS, **changed}.items() if mask is not None}
+    with pytest.raises(DataError, match=message):
+        split_of(masks, 4, "here")
 
 
 # --- files of the user's own --------------------------------------------------------------------------------------
@@ -178,6 +224,47 @@ def test_bytes_changed_anywhere_in_an_archive_are_read_or_refused(tmp_path):
         except DataError:
             refused += 1
     assert refused > 30
+
+
+SPLIT_FILE = {
+    **ARRAYS,
+    "train_mask": np.array([1, 0, 0, 0, 0], bool),
+    "val_mask": np.array([0, 1, 0, 0, 0], bool),
+    "test_mask": np.array([0, 0, 1, 1, 0], bool),
+    "edge_attr": np.ones((4, 2)),
+    "node\x1b[31m_year": np.zeros(5),
+}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_what_a_file_holds_and_nobody_reads_is_said(tmp_path, suffix):
+    file = tmp_path / f"g.{suffix}"
+    np.savez(file, **SPLIT_FILE) if suffix == "npz" else save_numpy(SPLIT_FILE, file)
+    drawn = opened(tmp_path, "graph-file", file)
+    assert drawn.split is None
+    order = ", ".join(
+        name for name in (np.load(file).files if suffix == "npz" else sorted(SPLIT_FILE)) if "mask" in name
+    )
+    assert drawn.notes == {
+        "masks": f"{order} not used: the split is random; graph.split=file takes theirs",
+        "edge weights": "'edge_attr' not read: all edges count the same",
+        "not read": r"'node\x1b[31m_year'",
+    }
+    own = opened(tmp_path, "graph-file", file, split="file")
+    np.testing.assert_array_equal(own.split, [0, 1, 2, 2, -1])
+    assert set(own.notes) == {"edge weights", "not read"}
+    np.testing.assert_array_equal(
+        opened(tmp_path, "graph-file", file, split="file", largest_component=True).split, [0, 1, 2]
+    )
+
+
+def test_a_file_with_nothing_else_has_no_notes(tmp_path):
+    np.savez(tmp_path / "g.npz", **ARRAYS, class_names=["a", "b", "c"])
+    assert opened(tmp_path, "graph-file", tmp_path / "g.npz").notes == {}
+    with pytest.raises(DataError, match=r"graph\.split='file' and .*g\.npz' holds no 'train_mask'"):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz", split="file")
+    with pytest.raises(DataError, match="digits have no split of their own"):
+        opened(tmp_path, "graph-digits", split="file")
 
 
 def test_a_saved_pyg_graph_is_read_from_either_format(tmp_path):
@@ -322,11 +409,90 @@ def test_missing_and_damaged_planetoid_files_are_named(tmp_path):
         opened(tmp_path, "cora", tmp_path)
 
 
+def as_pyg_reads(tmp_path, root, name, folder):
+    """Our own cleaning of the tensors that PyG's reader and ``NormalizeFeatures`` make."""
+    data = NormalizeFeatures()(read_planetoid_data(str(root / folder / "raw"), name))
+    np.savez(tmp_path / "pyg.npz", x=data.x, edge_index=data.edge_index, y=data.y)
+    return opened(tmp_path, "graph-file", tmp_path / "pyg.npz")
+
+
+def test_the_public_split_of_planetoid_is_pygs(tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    graph = opened(tmp_path, "cora", tmp_path, split="file")
+    data = read_planetoid_data(str(tmp_path / "Cora" / "raw"), "cora")
+    for role, mask in enumerate((data.train_mask, data.val_mask, data.test_mask)):
+        np.testing.assert_array_equal(graph.split == role, mask)
+    assert np.bincount(graph.split + 1).tolist() == [15, 2, 500, 3]
+
+
+def assert_same_graph(graph, expected):
+    np.testing.assert_array_equal(graph.features, expected.features)
+    np.testing.assert_array_equal(graph.labels, expected.labels)
+    np.testing.assert_array_equal(graph.edges, expected.edges)
+
+
+@pytest.mark.parametrize("test_nodes", [[519, 517, 518], [519, 516]])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_planetoid_files_are_what_pyg_makes_of_them(tmp_path, test_nodes, protocol):
+    name, folder = ("citeseer", "CiteSeer") if len(test_nodes) == 2 else ("pubmed", "PubMed")
+    raw_folder = tmp_path / folder / "raw"
+    write_planetoid(raw_folder, name, test_nodes)
+    for file in raw_folder.glob("*[!x]"):
+        file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes()), protocol))
+    assert_same_graph(opened(tmp_path, name, tmp_path), as_pyg_reads(tmp_path, tmp_path, name, folder))
+
+
+def test_a_hostile_planetoid_file_runs_nothing(tmp_path):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    hostile = f"cos\nsystem\n(Vtouch {tmp_path / 'mark'}\ntR."
+    (tmp_path / "Cora" / "raw" / "ind.cora.allx").write_text(hostile)
+    options = {"name": "cora", "root": tmp_path, "cache": tmp_path / "cache"}
+    command = [
+        sys.executable,
+        "-m",
+        "framp",
+        "data",
+        "inspect",
+        "-o",
+        "partition.scheme=metis",
+        "-o",
+        "model.name=gcn",
+        "-o",
+        "model.widths=8,8",
+    ]
+    command += [part for key, value in options.items() for part in ("-o", f"data.{key}={value}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "asks for 'os.system'; only arrays" in " ".join(done.stderr.split())
+    assert not (tmp_path / "mark").exists()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("517\n517\n", "not all different"), ("-4\n-3\n-2", "names nodes"), ("9\n" * 10**5, "damaged")],
+)
+def test_a_test_index_that_fits_nothing_is_damaged(tmp_path, index, message):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    (tmp_path / "Cora" / "raw" / "ind.cora.test.index").write_text(index)
+    with pytest.raises(DataError, match=f"cora is damaged .*{message}|{message}"):
+        opened(tmp_path, "cora", tmp_path)
+
+
+def test_test_nodes_far_apart_take_no_memory(tmp_path):
+    write_planetoid(tmp_path / "CiteSeer" / "raw", "citeseer", test_nodes=[519, 517])
+    (tmp_path / "CiteSeer" / "raw" / "ind.citeseer.test.index").write_text(f"517\n{10**15}\n")
+    with pytest.raises(DataError, match=r"names nodes 517 to 1000000000000000; reading it takes .* are free"):
+        opened(tmp_path, "citeseer", tmp_path)
+
+
 @pytest.mark.skipif("FRAMP_PLANETOID" not in os.environ, reason="FRAMP_PLANETOID is the folder around Cora/raw")
 def test_cora_is_what_everybody_calls_cora(tmp_path):
     graph = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]))
     assert (len(graph), graph.edges.shape, graph.shape, graph.classes) == (2708, (2, 2 * 5278), (1433,), 7)
     assert sorted(np.bincount(graph.labels)) == [180, 217, 298, 351, 418, 426, 818]
+    expected = as_pyg_reads(tmp_path, Path(os.environ["FRAMP_PLANETOID"]), "cora", "Cora")
+    assert_same_graph(graph, expected)
     same = (graph.labels[graph.edges[0]] == graph.labels[graph.edges[1]]).mean()
     assert round(float(same), 2) == 0.81
     largest = opened(tmp_path, "cora", Path(os.environ["FRAMP_PLANETOID"]), largest_component=True)
@@ -366,6 +532,20 @@ def test_arxiv_is_read_from_the_raw_tables(tmp_path, names, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_arxiv_has_a_split_by_years(tmp_path):
+    write_arxiv(tmp_path)
+    with pytest.raises(
+        DataError, match=r"'train\.csv\.gz', 'valid\.csv\.gz', 'test\.csv\.gz' is missing in .*split/time"
+    ):
+        opened(tmp_path, "ogbn-arxiv", tmp_path, split="file")
+    folder = tmp_path / "ogbn_arxiv" / "split" / "time"
+    folder.mkdir(parents=True)
+    for part, nodes in (("train", [4, 0]), ("valid", [2]), ("test", [1])):
+        pandas.DataFrame(nodes).to_csv(folder / f"{part}.csv.gz", index=False, header=False)
+    np.testing.assert_array_equal(opened(tmp_path, "ogbn-arxiv", tmp_path, split="file").split, [0, 2, 1, -1, 0])
+    assert opened(tmp_path, "ogbn-arxiv", tmp_path).split is None
+
+
 def test_missing_and_damaged_arxiv_tables_are_named(tmp_path):
     write_arxiv(tmp_path)
     folder = tmp_path / "ogbn_arxiv" / "raw"
@@ -400,7 +580,63 @@ def test_reading_arxiv_asks_no_server_and_says_nothing(tmp_path):
 
 
 def test_what_is_not_installed_is_named_with_how_to_install_it(tmp_path, monkeypatch):
-    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
-    monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
-    with pytest.raises(ConfigError, match=r"torch_geometric\.io .*pip install 'framp\[graph\]'"):
-        opened(tmp_path, "cora", tmp_path)
+    write_arxiv(tmp_path)
+    monkeypatch.setitem(sys.modules, "ogb.io.read_graph_raw", None)
+    with pytest.raises(ConfigError, match=r"ogb\.io\.read_graph_raw .*pip install 'framp\[graph\]'"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+# --- files that claim more than they hold, or hold more than fits -------------------------------------------------
+
+
+def write_npz(path, arrays, **headers):
+    """Arrays as ``np.savez`` writes them, under the header that is given for a name instead of its own."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                content, {**np.lib.format.header_data_from_array_1_0(array), **headers.get(name, {})}
+            )
+            archive.writestr(f"{name}.npy", content.getvalue() + array.tobytes())
+
+
+@pytest.mark.parametrize("claimed", [{"shape": (10**6, 10**6)}, {"descr": "<U100000000"}, {"shape": (4, 3)}])
+def test_an_array_that_is_not_as_long_as_it_says_is_refused(tmp_path, claimed):
+    write_npz(tmp_path / "g.npz", ARRAYS)
+    assert len(opened(tmp_path, "graph-file", tmp_path / "g.npz")) == 5
+    write_npz(tmp_path / "h.npz", ARRAYS, x=claimed)
+    with pytest.raises(DataError, match=r"x\.npy says that it is .* and has 60 bytes"):
+        opened(tmp_path, "graph-file", tmp_path / "h.npz")
+
+
+def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "g.npz", **{**ARRAYS, "x": np.zeros((5, 10**6), np.float32)})
+    assert (tmp_path / "g.npz").stat().st_size < 10**5
+    monkeypatch.setattr(memory, "available_memory", lambda: 50 * 10**6)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(
+        DataError, match=r"g\.npz' has 2\..*e-05 GB, and its arrays 0\.02 GB; reading it takes 0\.06 GB"
+    ):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz")
+
+
+def test_a_table_of_weights_is_said_and_one_that_is_no_file_is_refused(tmp_path):
+    write_arxiv(tmp_path)
+    weights = tmp_path / "ogbn_arxiv" / "raw" / "edge-feat.csv.gz"
+    weights.write_bytes(gzip.compress(b"1.5\n" * 4))
+    said = opened(tmp_path, "ogbn-arxiv", tmp_path).notes
+    assert said == {"edge weights": "'edge_feat' not read: all edges count the same"}
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(DataError, match=r"'edge-feat\.csv\.gz' is missing"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+@pytest.mark.parametrize("table", ["node-feat", "edge-feat"])
+def test_a_table_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch, table):
+    write_arxiv(tmp_path)
+    file = tmp_path / "ogbn_arxiv" / "raw" / f"{table}.csv.gz"
+    file.write_bytes(gzip.compress(b"0,0,0\n" * 10**6))
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**6)
+    with pytest.raises(DataError, match=rf"{table}\.csv\.gz' unpacks to 0\.00.* GB or more; reading it takes"):
+        opened(tmp_path, "ogbn-arxiv", tmp_path)

@@ -370,7 +370,7 @@ REFUSALS: dict[str, tuple[Change, type[FrampError], str]] = {
     "other images with the same labels": (
         upside_down,
         ResumeError,
-        r"labels are those .* inputs are not: 7 clients, client-0000 among them",
+        r"partition is that .* data are not: 7 clients, client-0000 among them",
     ),
     "a finished run": (finished, ResumeError, r"is finished; framp report "),
     "damaged checkpoints": (every_checkpoint_damaged, RunFolderError, r"every checkpoint in .* is damaged"),

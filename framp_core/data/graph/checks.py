@@ -1,5 +1,6 @@
 """From the arrays that somebody saved as a graph to arrays that everything else can rely on."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,12 @@ from framp_core.errors import DataError
 coo_array: Any = sparse.coo_array
 
 
+MASKS = ("train_mask", "val_mask", "test_mask")
+"""PyG's names of a graph's own split, in the order of the roles 0, 1 and 2."""
+NO_ROLE = -1
+UNLABELLED = -1
+
+
 class RawGraph(NamedTuple):
     """A graph in PyG's terms.
 
@@ -20,18 +27,24 @@ class RawGraph(NamedTuple):
         edge_index: ``(2, E)``, rows of source and target nodes.
         y: labels ``(N,)`` or ``(N, 1)``.
         class_names: of each label; None for ``"0"``, ``"1"``, ...
+        split: role of each node in the graph's own split, 0 to train, 1 to validate, 2 to test, :data:`NO_ROLE` for
+            none, int8 ``(N,)``; None where it was not asked for.
+        unread: names of further arrays that were there.
     """
 
     x: np.ndarray
     edge_index: np.ndarray
     y: np.ndarray
     class_names: tuple[str, ...] | None = None
+    split: np.ndarray | None = None
+    unread: tuple[str, ...] = ()
 
 
 def checked(raw: RawGraph, origin: str) -> RawGraph:
     """The same graph as float32 features, int64 edges, int64 labels ``(N,)`` and class names.
 
-    A class may have no nodes: its label is then one that nobody has.
+    A class may have no nodes: its label is then one that nobody has. A node without a label, -1 or NaN, gets
+    :data:`UNLABELLED`.
 
     Args:
         raw: arrays as they were found.
@@ -39,11 +52,12 @@ def checked(raw: RawGraph, origin: str) -> RawGraph:
 
     Raises:
         DataError: features are not finite numbers ``(N, F)``, edges are not pairs of nodes, or labels are not N
-            whole numbers in [0, C) with at least two different ones and C at most N.
+            whole numbers in [0, C), or none, with at least two different ones and C at most N.
     """
     x = _features(raw.x, origin)
     y = _labels(raw.y, len(x), origin)
-    return RawGraph(x, _edges(raw.edge_index, len(x), origin), y, _class_names(raw.class_names, y, origin))
+    names = _class_names(raw.class_names, y, origin)
+    return raw._replace(x=x, edge_index=_edges(raw.edge_index, len(x), origin), y=y, class_names=names)
 
 
 def _features(x: np.ndarray, origin: str) -> np.ndarray:
@@ -72,20 +86,68 @@ def _labels(y: np.ndarray, nodes: int, origin: str) -> np.ndarray:
     if len(y) != nodes:
         first = f"node {len(y)} has no label" if len(y) < nodes else f"label {nodes} belongs to no node"
         raise DataError(f"y of {origin} has {len(y)} labels and x {nodes} nodes: {first}; expected one per node")
-    if y.dtype.kind not in "iu":
+    if y.dtype.kind not in "iuf":
         raise DataError(
             f"y of {origin} is {y.dtype}, node 0 has {y[0]}; expected whole numbers, the index of each node's class "
             f"(convert them with y.astype('int64'))"
         )
-    for node in np.flatnonzero((y < 0) | (y >= nodes))[:1]:
+    without = np.isnan(y) | (y == UNLABELLED)
+    for node in np.flatnonzero(~without & ((y < 0) | (y >= nodes) | (y != np.floor(y))))[:1]:
         raise DataError(
-            f"y of {origin}: node {node} has label {y[node]}; expected 0 to C - 1, with no more classes than the "
-            f"{nodes} nodes. Renumber the classes; remove nodes without a label"
+            f"y of {origin}: node {node} has label {y[node]}; expected whole numbers from 0 to C - 1, with no more "
+            f"classes than the {nodes} nodes, or -1 for a node without a label. Renumber the classes"
         )
-    if y.min() == y.max():
-        raise DataError(f"y of {origin}: all nodes have label {y[0]}; expected two classes or more")
-    labels: np.ndarray = y.astype(np.int64)
+    labels: np.ndarray = np.where(without, UNLABELLED, y).astype(np.int64)
+    _require_classes(labels, f"y of {origin}:")
     return labels
+
+
+def _require_classes(labels: np.ndarray, whose: str) -> None:
+    known = np.unique(labels[labels != UNLABELLED])
+    if len(known) < 2:
+        held = f"all nodes with a label have label {known[0]}" if len(known) else "no node has a label"
+        raise DataError(f"{whose} {held}; expected two classes or more")
+
+
+def split_of(masks: Mapping[str, np.ndarray], nodes: int, origin: str) -> np.ndarray:
+    """The split that a graph's masks make; ``RawGraph.split``.
+
+    Args:
+        masks: bool, or 0 and 1, ``(N,)`` or ``(N, 1)``, by the names of :data:`MASKS`; ``val_mask`` may be missing.
+        nodes: N.
+        origin: where they were found, for the messages.
+
+    Raises:
+        DataError: a mask is missing, is none, or puts a node into two.
+    """
+    split = np.full(nodes, NO_ROLE, dtype=np.int8)
+    for role, name in enumerate(MASKS):
+        if name not in masks and name != "val_mask":
+            raise DataError(
+                f"graph.split='file' and {origin} holds no {name!r}; save the masks {', '.join(map(repr, MASKS))} "
+                f"with it, or leave graph.split at 'random'"
+            )
+        chosen = _mask(masks.get(name, np.zeros(nodes, dtype=bool)), name, nodes, origin)
+        for node in np.flatnonzero(chosen & (split != NO_ROLE))[:1]:
+            raise DataError(
+                f"{name} of {origin} holds node {node}, which {MASKS[split[node]]} holds too; expected masks without "
+                f"a node in common"
+            )
+        split[chosen] = role
+    return split
+
+
+def _mask(mask: np.ndarray, name: str, nodes: int, origin: str) -> np.ndarray:
+    hint = ""
+    if mask.ndim == 2 and len(mask) == nodes:
+        hint = f" ({mask.shape[1]} splits side by side: save one of them, such as {name}[:, 0])"
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask
+    if mask.shape != (nodes,) or not np.isin(mask, (0, 1)).all():
+        raise DataError(
+            f"{name} of {origin} is {mask.dtype} of shape {mask.shape}{hint}; expected true or false for each node, "
+            f"({nodes},)"
+        )
+    return mask.astype(bool)
 
 
 def _edges(edge_index: np.ndarray, nodes: int, origin: str) -> np.ndarray:
@@ -146,13 +208,10 @@ def tidied(graph: RawGraph, *, undirected: bool, largest_component: bool) -> Raw
     component = component_of(edges, nodes)
     kept = component == component[np.bincount(component)[component].argmax()]
     numbers = np.cumsum(kept) - 1
-    labels = graph.y[kept]
-    if labels.min() == labels.max():
-        raise DataError(
-            f"graph.largest-component=true leaves {len(labels)} nodes, all of label {labels[0]}; expected two "
-            f"classes or more: set it to false"
-        )
-    return graph._replace(x=graph.x[kept], edge_index=numbers[edges[:, kept[edges[1]]]], y=labels)
+    labels, split = graph.y[kept], graph.split
+    _require_classes(labels, f"graph.largest-component=true leaves {len(labels)} nodes (false keeps all):")
+    ends = numbers[edges[:, kept[edges[1]]]]
+    return graph._replace(x=graph.x[kept], edge_index=ends, y=labels, split=None if split is None else split[kept])
 
 
 def component_of(edges: np.ndarray, nodes: int) -> np.ndarray:

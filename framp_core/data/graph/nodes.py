@@ -11,6 +11,7 @@ from torch import Tensor
 
 from framp_core.config import DataConfig, FrampConfig, GraphConfig, LocalConfig
 from framp_core.data.examples import ClientData, Examples, batch_positions
+from framp_core.data.graph.checks import UNLABELLED
 from framp_core.data.graph.neighbours import edges_within, sample_around, starts_of
 from framp_core.data.graph.partition import make_graph_partition
 from framp_core.data.graph.sources import GraphData, load_graph
@@ -28,7 +29,7 @@ class Subgraph:
         nodes: int64 ``(n,)``, their numbers in the whole graph, ascending; position i here is node ``nodes[i]``.
         features: float32 ``(n, F)``.
         edges: int64 ``(2, e)``, positions of source and target, sorted by (target, source).
-        labels: int64 ``(n,)``; under concept shift, what the client calls them.
+        labels: int64 ``(n,)``; under concept shift, what the client calls them. -1 for a node without one.
     """
 
     nodes: np.ndarray
@@ -39,11 +40,11 @@ class Subgraph:
     @classmethod
     def induced(cls, graph: GraphData, client: ClientSplit) -> Self:
         """What a client holds of a graph."""
-        nodes = np.sort(np.concatenate([client.train, client.validation, client.test]))
+        nodes = client.held
         _, ends = edges_within(graph.starts, graph.edges[0], nodes)
         labels = graph.labels[nodes]
         if client.concept_shift is not None:
-            labels = np.array(client.concept_shift.labels)[labels]
+            labels = np.where(labels == UNLABELLED, UNLABELLED, np.array(client.concept_shift.labels)[labels])
         return cls(nodes, torch.from_numpy(graph.features[nodes]), torch.from_numpy(ends), labels)
 
     def __len__(self) -> int:

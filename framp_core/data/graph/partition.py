@@ -1,6 +1,5 @@
 """Who holds which nodes: cutting a graph into parts for the clients (DESIGN section 5)."""
 
-import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from scipy import sparse
 
 from framp_core.config import FrampConfig, PartitionConfig
 from framp_core.data.cache import cached
+from framp_core.data.graph.checks import NO_ROLE, UNLABELLED
 from framp_core.data.graph.sources import GraphData
 from framp_core.data.partition import ClientSplit, Partition, capacities, client_name
 from framp_core.data.shift import concept_shifts
@@ -37,16 +37,15 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
     has its own random half of the part's nodes (rounded up); c divides the number of training and of unseen clients,
     so the two never share one (FedSheafHN: 6 parts with 5 clients each).
 
-    One random split of all nodes, by ``graph.train_share`` and ``graph.validation_share``, says which are training,
-    validation and test data, so that a node which several clients hold has the same role at all of them. A client
-    sees the features of all its nodes and the edges among them, whatever their role.
+    One random split of all nodes with a label, by ``graph.train_share`` and ``graph.validation_share``, or with
+    ``graph.split`` = ``file`` the graph's own, says which are training, validation and test data, so that a node which
+    several clients hold has the same role at all of them. A client sees the features of all its nodes and the edges
+    among them, whatever their role; those without one are its context.
 
     A client may lack classes, even all but one, for which the logit adjustment of local training is made, but not
     training or test nodes. Concept shift renames a client's labels as for images.
 
-    ``data_digest`` of the result is the SHA-256 of ``graph.edges`` (first the sources of all edges, then the targets)
-    and ``graph.labels``, int64, and ``graph.features``, float32, all little endian, one after the other. Positions in
-    the splits are nodes, and the splits of all clients refer to the same numbering.
+    Positions in the splits are nodes, and the splits of all clients refer to the same numbering.
 
     Args:
         config: sections ``partition``, ``capacity``, ``graph`` and ``data.cache`` and the seed are used.
@@ -61,7 +60,7 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
     settings, seed = config.partition, config.seed
     _check(settings, len(graph))
     parts = stream(seed, "part-order").permutation(settings.nodes // settings.overlap)[_parts(config, graph)]
-    roles = _roles(config, len(graph))
+    roles = _roles(config, graph)
     fractions = capacities(config.capacity, settings, seed)
     concepts = concept_shifts(settings, graph.classes, seed)
     clients = []
@@ -71,17 +70,11 @@ def make_graph_partition(config: FrampConfig, graph: GraphData) -> Partition:
             _require(kind, held, nodes, index, config)
         role: Literal["train", "unseen"] = "train" if index < settings.clients else "unseen"
         held = (train, validation, test)
-        clients.append(ClientSplit(client_name(index), role, fractions[index], *held, None, concepts[index]))
+        context = nodes[roles[nodes] == NO_ROLE]
+        clients.append(ClientSplit(client_name(index), role, fractions[index], *held, None, concepts[index], context))
     nested = config.to_nested()
     made_with = {key: nested[key] for key in ("partition", "capacity", "graph")}
-    return Partition(tuple(clients), _digest(graph), seed, made_with)
-
-
-def _digest(graph: GraphData) -> str:
-    digest = hashlib.sha256()
-    for array, kind in ((graph.edges, "<i8"), (graph.labels, "<i8"), (graph.features, "<f4")):
-        digest.update(np.ascontiguousarray(array, dtype=kind).data)
-    return digest.hexdigest()
+    return Partition(tuple(clients), graph.digests, seed, made_with)
 
 
 def _check(settings: PartitionConfig, nodes: int) -> None:
@@ -98,11 +91,16 @@ def _check(settings: PartitionConfig, nodes: int) -> None:
         )
 
 
-def _roles(config: FrampConfig, nodes: int) -> np.ndarray:
-    """0, 1, 2 for a training, validation, test node; shares by largest remainder; int64 ``(nodes,)``."""
+def _roles(config: FrampConfig, graph: GraphData) -> np.ndarray:
+    """0, 1, 2 for a training, validation, test node, or no role; shares by largest remainder; int64 ``(nodes,)``."""
+    labelled = graph.labels != UNLABELLED
+    if graph.split is not None:
+        return np.where(labelled, graph.split, NO_ROLE)
     train, validation = config.graph.train_share, config.graph.validation_share
-    counts = largest_remainder(nodes, np.array([train, validation, 1 - train - validation]))
-    return stream(config.seed, "node-split").permutation(np.repeat(np.arange(3), counts))
+    counts = largest_remainder(int(labelled.sum()), np.array([train, validation, 1 - train - validation]))
+    roles = np.full(len(graph), NO_ROLE)
+    roles[labelled] = stream(config.seed, "node-split").permutation(np.repeat(np.arange(3), counts))
+    return roles
 
 
 def _dealt(parts: np.ndarray, settings: PartitionConfig, seed: int) -> list[np.ndarray]:
@@ -119,10 +117,11 @@ def _dealt(parts: np.ndarray, settings: PartitionConfig, seed: int) -> list[np.n
 def _require(kind: str, held: np.ndarray, nodes: np.ndarray, index: int, config: FrampConfig) -> None:
     if not len(held):
         graph = config.graph
+        shares = f"graph.train-share is {graph.train_share:g}, validation-share {graph.validation_share:g}"
+        split, other = (shares, "shares") if graph.split == "random" else ("graph.split is 'file'", "masks")
         raise DataError(
-            f"{client_name(index)} has {len(nodes)} nodes, none of them {kind} data (graph.train-share is "
-            f"{graph.train_share:g}, validation-share {graph.validation_share:g}); choose fewer partition.clients and "
-            f"unseen-clients, other shares, or another seed"
+            f"{client_name(index)} has {len(nodes)} nodes, none of them {kind} data ({split}); choose fewer "
+            f"partition.clients and unseen-clients, other {other}, or another seed"
         )
 
 
@@ -142,8 +141,7 @@ def _parts(config: FrampConfig, graph: GraphData) -> np.ndarray:
         parts = (_metis if scheme == "metis" else _louvain)(_symmetric(graph), count, number)
         np.save(folder / "parts.npy", parts.astype(np.int64))
 
-    edges = hashlib.sha256(graph.edges.astype("<i8").tobytes()).hexdigest()
-    made_of = {"edges": edges, "nodes": len(graph), "scheme": scheme, "parts": count, "seed": number}
+    made_of = {"edges": graph.digests["edges"], "nodes": len(graph), "scheme": scheme, "parts": count, "seed": number}
     identity = {**made_of, package: version(package)}
     folder = cached(config.data.cache, identity, build)
     try:
