@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from framp_core.errors import OutputError
 from framp_core.metrics import COLUMNS, accuracies, summarise
 
 _POLL_SECONDS = 0.2
@@ -91,7 +93,8 @@ class RunProgress:
                 self._print(refusal["traceback"])
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OutputError):  # The end of the run prints, too, and says so.
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _accuracies(event: dict[str, Any]) -> str:
