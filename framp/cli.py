@@ -37,7 +37,7 @@ _RESUME = "flwr.framp.resume"
 ConfigPath = Annotated[Path | None, typer.Argument(help="TOML preset; none: the digits preset.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a key; repeatable, the last holds."),
+    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a key; repeatable."),
 ]
 
 
@@ -129,9 +129,8 @@ def run(
     if not loaded.output.resume:
         loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
-    options = " --engine flower" if engine is Engine.FLOWER else ""
     with (
-        saying(lambda: run_words(folder, options)),
+        saying(lambda: run_words(folder)),
         RunProgress(console, folder, loaded.rounds, resumed=bool(loaded.output.resume)),
     ):
         if profile:
@@ -141,7 +140,7 @@ def run(
     console.print(results_table(finished.json("summary.json")))
     if profile:
         console.print(profile_table(finished.json(PROFILE)))
-    console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
+    console.say(f"report: {finished.path / 'report.html'}")
 
 
 @app.command()
@@ -176,7 +175,7 @@ def compare(
     plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed, tuning_rounds) if tune else None
     with saying(lambda: same_words("finished runs are kept, the others start again")):
         written = compare_methods(comparison, plan, workers, console)
-    console.print(f"comparison: {written}", soft_wrap=True)
+    console.say(f"comparison: {written}")
 
 
 @app.command()
@@ -207,7 +206,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
 
     path = write_report(run_dir.resolve())
     console.print(results_table(summary_of_run(RunFolder.open(run_dir.resolve()))))
-    console.print(f"report: {path}", soft_wrap=True)
+    console.say(f"report: {path}")
 
 
 @app.command()
@@ -220,7 +219,7 @@ def status(
 
     found = RunStatus.of(run_dir.expanduser().resolve())
     if as_json:
-        console.print(json.dumps(found.to_dict(), indent=2), markup=False, highlight=False, soft_wrap=True)
+        console.say(json.dumps(found.to_dict(), indent=2))
         return
     _show_rows(found.folder, found.rows())
 
@@ -249,7 +248,7 @@ def personalise(
     found = give_model(folder, root, client, gamma, fine_tune, written)
     _show_rows("Personal model", found.rows())
     if written is not None:
-        console.print(f"model: {written} ({written.stat().st_size:,} bytes, dense)", soft_wrap=True, highlight=False)
+        console.say(f"model: {written} ({written.stat().st_size:,} bytes, dense)")
 
 
 @app.command()
@@ -282,12 +281,12 @@ def node(
     for finding in findings:
         mark = "[green]ok    [/]" if finding.passed else "[red]failed[/]"
         console.print(f"{mark} {finding.check:8} ", end="")
-        console.print(finding.said, markup=False, highlight=False, soft_wrap=True)
+        console.say(finding.said)
     if not all(finding.passed for finding in findings):
         raise EngineError("this device is not ready to join; see the checks that failed")
     if env_file is not None:
         env_file.write_text(compose_variables(device, check.peak_bytes), encoding="utf-8")
-    console.print(device.command, markup=False, highlight=False, soft_wrap=True)
+    console.say(device.command)
 
 
 @data_app.command()
@@ -360,13 +359,11 @@ def main() -> None:
     except FrampError as error:
         _fail(type(error).__name__, str(error))
     except MemoryError as error:
-        _fail(
-            "MemoryError", f"{error or 'no more memory'}; ask for less: fewer clients, narrower layers, smaller batches"
-        )
+        _fail("MemoryError", f"{error}; ask for less: fewer clients, narrower layers, smaller batches")
 
 
 def _fail(kind: str, message: str) -> None:
     errors = Terminal(stderr=True)
     errors.print(f"[bold red]{kind}[/]: ", end="")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    errors.say(message)
     sys.exit(1)

@@ -53,17 +53,12 @@ def saying(words: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        Terminal(stderr=True).print(words(), markup=False, highlight=False, soft_wrap=True)
+        Terminal(stderr=True).say(words())
         raise
 
 
-def run_words(folder: Path, options: str = "") -> str:
-    """How far the run in a folder is, and the command that goes on with it.
-
-    Args:
-        folder: of the run.
-        options: of that command.
-    """
+def run_words(folder: Path) -> str:
+    """How far the run in a folder is, and the command that goes on with it."""
     from framp.status import RunStatus
 
     try:
@@ -72,7 +67,7 @@ def run_words(folder: Path, options: str = "") -> str:
         return f"the run had not begun; start it again: {same_command()}"
     newest = "there is no checkpoint yet" if found.checkpoint is None else f"the newest is of round {found.checkpoint}"
     done = f"round {found.round} of {found.rounds} is done" if found.round else "no round is done"
-    end = f"to go on: {found.resume}{options}" if found.resume else f"the run is finished: framp report {folder}"
+    end = f"to go on: {found.resume}" if found.resume else f"the run is finished: framp report {folder}"
     return f"{done}; checkpoints: {newest}\n{end}"
 
 

@@ -44,6 +44,10 @@ class Terminal(Console):
                 f"what is printed cannot be written ({error}); what a run has written to its folder is not concerned"
             ) from error
 
+    def say(self, text: str) -> None:
+        """Print a line as it is: paths and what clients say may hold what rich takes for markup."""
+        self.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def on_broken_pipe(self) -> None:
         """The reader has gone, as that of ``framp status RUN | head -1``, which is no error."""
         self._print_no_more()

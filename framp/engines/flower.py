@@ -148,7 +148,8 @@ def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     work.mkdir()
     address = f"127.0.0.1:{port}"
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n',
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
+        f'[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n',
         encoding="utf-8",
     )
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
