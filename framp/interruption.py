@@ -12,7 +12,6 @@ from types import FrameType
 
 import psutil
 
-from framp.engines.processes import kill
 from framp.terminal import Terminal
 from framp_core.errors import FrampError
 
@@ -35,7 +34,9 @@ def end_on_signals() -> None:
             _write(f"\n{signal.Signals(received).name}: stopping what was started; a second one ends it at once\n")
             sys.exit(128 + received)
         if time.monotonic() - first[0] >= _SAME_SECONDS:
-            kill(psutil.Process().children(recursive=True))
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
             os._exit(128 + received)
 
     for number in _SIGNALS:

@@ -21,7 +21,7 @@ from framp_core.config_values import (
     Scalar,
     Strengths,
     check_boolean,
-    check_number,
+    check_value,
     explain,
     flatten,
     hyphenated,
@@ -42,8 +42,8 @@ class _Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _can_be_computed_with(cls, value: object) -> object:
-        check_number(value)
+    def _is_usable(cls, value: object) -> object:
+        check_value(value)
         return value + 0.0 if isinstance(value, float) else value  # Makes -0.0 the zero that it is.
 
 

@@ -210,16 +210,18 @@ def check_boolean(key: str, value: Scalar, default: Scalar) -> None:
         raise ConfigError(f"{key}={value!r}: expected a {type(default).__name__}, not true or false")
 
 
-def check_number(value: object) -> None:
-    """Refuse numbers with which nothing can be computed.
+def check_value(value: object) -> None:
+    """Refuse numbers with which nothing can be computed, and text that no file can hold.
 
     Args:
-        value: of a field; what is no number passes.
+        value: of a field.
 
     Raises:
         ValueError: a float that is not zero and beyond float32, in which networks are trained, or an integer beyond 64
-            bits, in which Flower sends it.
+            bits, in which Flower sends it; text that is not UTF-8, as the name of a file may be.
     """
+    if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "ignore").decode():
+        raise ValueError("is not UTF-8, in which the configuration is kept; rename the folder")
     smallest, largest = _FLOAT32
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and number and not smallest <= abs(number) <= largest:
