@@ -97,14 +97,6 @@ def test_reports_name_a_path_with_brackets_whole(tmp_path: Path) -> None:
     assert f"report: {folder / 'report.html'}" in result.output
 
 
-def test_a_folder_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/w\xff")
-    done = subprocess.run(framp("run", "--out", name), capture_output=True, check=False, encoding="utf-8")
-    assert done.returncode == 1
-    assert done.stderr.startswith("ConfigError: output.folder=")
-    assert not os.path.exists(name)
-
-
 # --- signals ----------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +111,7 @@ def started(folder: Path, tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_workers_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "my run"
     with started(folder, tmp_path) as process:

@@ -214,10 +214,14 @@ def test_what_is_meant_is_taken(text: str, expected: dict[str, Scalar], tmp_path
         ({"capacity.sizes": "16"}, "capacity.sizes='16': capacity 16 is outside (0, 1]; it is the fraction of the"),
         ({"capacity.sizes": 16}, "capacity.sizes=16: capacity 16 is outside (0, 1]; it is the fraction of the"),
         ({"capacity.sizes": []}, "capacity.sizes=[]: is empty; give one value or more"),
-        ({"model.widths": [True]}, "model.widths=[True]: true and false are no numbers"),
+        ({"model.widths": [True]}, "model.widths=[True]: true and false are no numbers; write"),
         ({"model.widths": "0"}, "model.widths='0': Input should be greater"),
         ({"data.augment": "yes"}, "data.augment='yes': write true or false"),
         ({"rounds": "x" * 10**6}, "rounds='xxx"),
+        (
+            {"output.folder": "/w\udcff"},
+            "output.folder='/w\\udcff': is not UTF-8, in which the configuration is kept; rename",
+        ),
     ],
 )
 def test_one_mistake_has_one_short_message(values: dict[str, Scalar], message: str) -> None:
