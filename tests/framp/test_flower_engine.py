@@ -25,8 +25,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def homes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder for the homes of runs, short enough for Ray; fails when a process survives that has one below it."""
+    assert tmp_path.is_dir()  # Made before pytest would make it below the folder that follows.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="f-") as folder:
         monkeypatch.setattr("tempfile.tempdir", folder)
         yield folder
