@@ -2,7 +2,6 @@
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from framp.progress import RunProgress
+from framp.terminal import Terminal, prepare_streams
 from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar, parse_capacity, parse_override
@@ -33,13 +32,14 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data and partitions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console()
+console = Terminal()
 _SHOWN = ("flwr.framp.resume", "flwr.framp.data")
 """Loggers whose warnings are shown, too."""
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="TOML preset; none: the digits preset.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a key; repeatable.")
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a key; repeatable."),
 ]
 
 
@@ -110,6 +110,7 @@ def run(
 ) -> None:
     """Train, evaluate, and write a run folder with its report."""
     from framp.engines import run_flower, run_local
+    from framp.interruption import run_words, saying
     from framp.profiling import PROFILE, profile_table, run_profiled
     from framp_core.report import results_table
 
@@ -130,7 +131,10 @@ def run(
     if not loaded.output.resume:
         loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
-    with RunProgress(console, folder, loaded.rounds, resumed=bool(loaded.output.resume)):
+    with (
+        saying(lambda: run_words(folder)),
+        RunProgress(console, folder, loaded.rounds, resumed=bool(loaded.output.resume)),
+    ):
         if profile:
             finished = run_profiled(loaded, trace=trace)
         else:
@@ -138,7 +142,7 @@ def run(
     console.print(results_table(finished.json("summary.json")))
     if profile:
         console.print(profile_table(finished.json(PROFILE)))
-    console.print(f"report: {finished.path / 'report.html'}", soft_wrap=True)
+    console.say(f"report: {finished.path / 'report.html'}")
 
 
 @app.command()
@@ -158,6 +162,7 @@ def compare(
 ) -> None:
     """Run methods side by side, test one against the others, and write tables and figures."""
     from framp.compare import Comparison, TuningPlan, compare_methods, find_preset, parse_list
+    from framp.interruption import same_words, saying
 
     if config is not None and preset is not None:
         raise ConfigError(f"give a configuration file ({config}) or --preset {preset}, not both")
@@ -170,8 +175,9 @@ def compare(
         reference=reference,
     )
     plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed, tuning_rounds) if tune else None
-    written = compare_methods(comparison, plan, workers, console)
-    console.print(f"comparison: {written}", soft_wrap=True)
+    with saying(lambda: same_words("finished runs are kept, the others start again")):
+        written = compare_methods(comparison, plan, workers, console)
+    console.say(f"comparison: {written}")
 
 
 @app.command()
@@ -185,11 +191,13 @@ def study(
     ] = None,
 ) -> None:
     """Compare methods in several settings, and write one page over all."""
+    from framp.interruption import same_words, saying
     from framp.study import read_study, run_study
 
     target = (out or Path("runs") / file.stem).expanduser().resolve()
     asked = read_study(file, read_overrides(override), target)
-    run_study(asked, workers, console, export.expanduser().resolve() if export is not None else None)
+    with saying(lambda: same_words("finished runs are kept, the others start again")):
+        run_study(asked, workers, console, export.expanduser().resolve() if export is not None else None)
 
 
 @app.command()
@@ -200,7 +208,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
 
     path = write_report(run_dir.resolve())
     console.print(results_table(summary_of_run(RunFolder.open(run_dir.resolve()))))
-    console.print(f"report: {path}", soft_wrap=True)
+    console.say(f"report: {path}")
 
 
 @app.command()
@@ -213,7 +221,7 @@ def status(
 
     found = RunStatus.of(run_dir.expanduser().resolve())
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        console.say(json.dumps(found.to_dict(), indent=2))
         return
     _show_rows(found.folder, found.rows())
 
@@ -242,7 +250,7 @@ def personalise(
     found = give_model(folder, root, client, gamma, fine_tune, written)
     _show_rows("Personal model", found.rows())
     if written is not None:
-        console.print(f"model: {written} ({written.stat().st_size:,} bytes, dense)", soft_wrap=True, highlight=False)
+        console.say(f"model: {written} ({written.stat().st_size:,} bytes, dense)")
 
 
 @app.command()
@@ -275,12 +283,12 @@ def node(
     for finding in findings:
         mark = "[green]ok    [/]" if finding.passed else "[red]failed[/]"
         console.print(f"{mark} {finding.check:8} ", end="")
-        console.print(finding.said, markup=False, highlight=False, soft_wrap=True)
+        console.say(finding.said)
     if not all(finding.passed for finding in findings):
         raise EngineError("this device is not ready to join; see the checks that failed")
     if env_file is not None:
         files.write_text(env_file.expanduser().resolve(), compose_variables(device, check.peak_bytes))
-    console.print(device.command, markup=False, highlight=False, soft_wrap=True)
+    console.say(device.command)
 
 
 @data_app.command()
@@ -345,15 +353,23 @@ def _log_errors() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that FRAMP names become one message and exit status 1.
+    """Entry point: errors that FRAMP names become one message and exit status 1; see also ``framp.interruption``."""
+    if sys.platform == "win32":
+        sys.exit("framp runs on Linux and macOS. On Windows install it in WSL: https://learn.microsoft.com/windows/wsl")
+    from framp.interruption import end_on_signals
 
-    A termination signal ends the program like an error, so that engines stop the processes they started.
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    prepare_streams()
+    end_on_signals()
     try:
         app()
     except FrampError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        sys.stderr.write(f"{error}\n")
-        sys.exit(1)
+        _fail(type(error).__name__, str(error))
+    except MemoryError as error:
+        _fail("MemoryError", f"{error}; ask for less: fewer clients, narrower layers, smaller batches")
+
+
+def _fail(kind: str, message: str) -> None:
+    errors = Terminal(stderr=True)
+    errors.print(f"[bold red]{kind}[/]: ", end="")
+    errors.say(message)
+    sys.exit(1)

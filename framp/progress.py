@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from framp_core import files
-from framp_core.errors import RunFolderError
+from framp_core.errors import OutputError, RunFolderError
 from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, accuracies, summarise
 from framp_core.run_records import checked_event, complete_event
@@ -96,9 +96,9 @@ class RunProgress:
                 self._print(refusal["traceback"])
 
     def _print(self, text: str) -> None:
-        self._console.print(
-            printable(text, LONGEST_TRACEBACK, lines=True), highlight=False, markup=False, soft_wrap=True
-        )
+        shown = printable(text, LONGEST_TRACEBACK, lines=True)
+        with suppress(OutputError):  # The end of the run prints, too, and says so.
+            self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 def _accuracies(event: dict[str, Any]) -> str:

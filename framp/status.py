@@ -1,5 +1,6 @@
 """One glance at a run: how far it is, how well it does, and how it goes on. Reads the run folder alone."""
 
+import shlex
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -8,12 +9,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
+import tomli_w
+
+from framp_core.config import FrampConfig
+from framp_core.config_values import Scalar
 from framp_core.foreign_text import LONGEST_TRACEBACK, printable
 from framp_core.metrics import COLUMNS, summarise
 from framp_core.report.summary import Record
-from framp_core.run_folder import EVENTS, LOG, SUMMARY, RunFolder
+from framp_core.run_folder import ENVIRONMENT, EVENTS, LOG, SUMMARY, RunFolder
 from framp_core.run_log import failure
 from framp_core.run_metrics import reason_of
+
+_DEPLOYMENT, _SIMULATION = "HttpGrid", "InMemoryGrid"
+"""The classes of Flower's grids, in a federation of devices and on Ray."""
 
 
 class State(StrEnum):
@@ -46,7 +54,8 @@ class RunStatus:
         refusals: replies refused or missing so far, by reason.
         last_refusal: the newest of them in words, None if there is none.
         checkpoint: round of the newest checkpoint, None if there is none.
-        resume: command that goes on with the run, None if it runs or is finished.
+        resume: command that goes on with the run, None if it runs or is finished; of a federation's run,
+            ``FEDERATION`` is to be replaced.
     """
 
     folder: str
@@ -103,7 +112,7 @@ class RunStatus:
             refusals=dict(Counter(reason_of(each.error) for each in refused).most_common()),
             last_refusal=f"round {refused[-1].round}, {refused[-1].client}: {refused[-1].error}" if refused else None,
             checkpoint=checkpoints[0] if checkpoints else None,
-            resume=f"framp run --resume {folder}" if state in (State.FAILED, State.INTERRUPTED) else None,
+            resume=resume_command(run, len(record.clients)) if state in (State.FAILED, State.INTERRUPTED) else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +138,31 @@ class RunStatus:
             "to go on": self.resume or "",
         }
         return {heading: printable(text, LONGEST_TRACEBACK, lines=True) for heading, text in shown.items() if text}
+
+
+def resume_command(run: RunFolder, nodes: int) -> str:
+    """The command that goes on with a run where it works: here, or on the federation that has its data.
+
+    Flower's own command takes no options from the folder, so it gets all that differ from the app's defaults.
+
+    Args:
+        run: its folder.
+        nodes: that it has, 0 before it knows them; ``flwr run`` may simulate another number than is configured.
+    """
+    grid = run.json(ENVIRONMENT).get("grid") if run.has(ENVIRONMENT) else None
+    if grid != _DEPLOYMENT and nodes in (0, run.config.partition.nodes):
+        engine = " --engine flower" if grid == _SIMULATION or run.config.engine.ray_address else ""
+        return f"framp run --resume {shlex.quote(str(run.path))}{engine}"
+    output = run.config.output.model_copy(update={"folder": "", "resume": str(run.path)})
+    values, defaults = run.config.model_copy(update={"output": output}).to_flat(), FrampConfig().to_flat()
+    options = " ".join(f"{key}={_in_toml(value)}" for key, value in values.items() if value != defaults[key])
+    simulated = f"--federation-config 'num-supernodes={nodes} client-resources-num-cpus=1'"
+    where = "FEDERATION --stream" if grid == _DEPLOYMENT else f"--stream {simulated}"
+    return f"flwr run . {where} --run-config {shlex.quote(options)}"
+
+
+def _in_toml(value: Scalar) -> str:
+    return tomli_w.dumps({"_": value}).removeprefix("_ = ").strip()
 
 
 def _state(run: RunFolder, in_use: bool) -> tuple[State, str | None]:

@@ -21,6 +21,7 @@ from framp_core.config_values import (
     Scalar,
     Strengths,
     check_boolean,
+    check_value,
     explain,
     flatten,
     hyphenated,
@@ -38,6 +39,12 @@ class _Section(BaseModel):
         alias_generator=lambda name: name.replace("_", "-"),
         allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _is_usable(cls, value: object) -> object:
+        check_value(value)
+        return value + 0.0 if isinstance(value, float) else value  # Makes -0.0 the zero that it is.
 
 
 GRAPH_DATA = ("graph-digits", "cora", "citeseer", "pubmed", "ogbn-arxiv", "graph-file")
@@ -195,9 +202,7 @@ class CapacityConfig(_Section):
     """Which fraction gamma of the maskable weights each client can hold."""
 
     sizes: Capacities = Field(
-        (Fraction(1, 64), Fraction(1, 16), Fraction(1, 4), Fraction(1)),
-        min_length=1,
-        description="gamma in (0, 1]",
+        (Fraction(1, 64), Fraction(1, 16), Fraction(1, 4), Fraction(1)), description="gamma in (0, 1]"
     )
     assignment: Literal["blocks", "shuffled"] = Field(
         "blocks", description="equal shares of the sizes, by client index or shuffled with the seed"
@@ -628,7 +633,7 @@ class FrampConfig(_Section):
         """Build from flat dotted keys, as in Flower's run config or ``-o key=value``.
 
         Hyphens and underscores are both read. Missing keys take their defaults. Strings are read as the type of
-        the field, except that a boolean field takes ``true`` and ``false`` alone.
+        the field, except that a boolean field takes ``true`` and ``false`` alone, in any case.
 
         Raises:
             ConfigError: an unknown key (the nearest valid one is named), or a value out of range.

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -15,10 +16,29 @@ from framp_core.errors import ConfigError
 Scalar = str | int | float | bool
 LONGEST_NUMBER = 100
 _LARGE_EXPONENT = re.compile(r"[eE][-+]?\d{4}")
+_LARGEST_FILE = 2**20
+_NAMED = 3
+"""Files that the message of a missing one names; it counts the others."""
+_DEEPEST = 9
+_FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+_INT64 = 2**63
 
 
 def _comma_separated(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    """The parts of a text; a number that was written without quotes is the only part."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    values = [value] if isinstance(value, int | float) else value
+    if isinstance(values, list) and any(isinstance(each, bool) for each in values):
+        raise ValueError('true and false are no numbers; write numbers with commas between, such as "8,16"')
+    return values
+
+
+def _some(values: tuple[object, ...]) -> tuple[object, ...]:
+    # Not Field(min_length=1), which also counts the values that were refused.
+    if not values:
+        raise ValueError("is empty; give one value or more, with commas between")
+    return values
 
 
 def _capacity(value: object) -> Fraction:
@@ -51,18 +71,20 @@ Capacity = Annotated[Fraction, BeforeValidator(_capacity), PlainSerializer(str, 
 Capacities = Annotated[
     tuple[Capacity, ...],
     BeforeValidator(_comma_separated),
+    AfterValidator(_some),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
 ]
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
     BeforeValidator(_comma_separated),
+    AfterValidator(_some),
     PlainSerializer(lambda values: ",".join(str(value) for value in values), return_type=str),
-    Field(min_length=1),
 ]
 
 
 def _strengths(value: object) -> object:
-    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    parts = _comma_separated(value)
+    return [part for part in parts if part != ""] if isinstance(parts, list) else parts
 
 
 Strengths = Annotated[
@@ -103,13 +125,20 @@ def hyphenated(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Flat dotted, hyphenated keys of nested tables."""
+    """Flat dotted, hyphenated keys of nested tables.
+
+    Raises:
+        ConfigError: one key is there twice, with hyphens and with underscores, or tables are nested too deeply.
+    """
     flat: dict[str, Scalar] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}".replace("_", "-")] = value
+        full = f"{prefix}{key}"
+        if full.count(".") > _DEEPEST:
+            raise ConfigError(f"{full} lies in more tables than any key does; keys are like local.learning-rate")
+        found = flatten(value, f"{full}.") if isinstance(value, Mapping) else {full.replace("_", "-"): value}
+        if twice := sorted(flat.keys() & found.keys()):
+            raise ConfigError(f"{twice[0]} is given twice, with hyphens and with underscores; leave one out")
+        flat.update(found)
     return flat
 
 
@@ -119,29 +148,98 @@ def read_toml(path: Path) -> dict[str, Scalar]:
     Raises:
         ConfigError: it is missing, or is not TOML.
     """
+    return flatten(read_tables(path, "configuration file"))
+
+
+def read_tables(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file that a user names, a byte-order mark before it or not.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+
+    Raises:
+        ConfigError: it is missing, no plain file, larger than 1 MiB, not UTF-8, or is not TOML.
+    """
     try:
-        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        _check_plain(path, what)
+        return tomllib.loads(_text(path.read_bytes()))
     except FileNotFoundError as error:
-        near = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        hint = f"; beside it lie {', '.join(near)}" if near else ""
-        raise ConfigError(f"there is no configuration file {str(path)!r}{hint}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"there is no {what} {str(path)!r}{_neighbours(path)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read as TOML: its brackets are nested too deeply") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read as TOML: {error}") from error
+
+
+def _check_plain(path: Path, what: str) -> None:
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        run = f"; to go on with the run in it: framp run --resume {path}" if (path / "config.toml").is_file() else ""
+        raise ConfigError(f"{str(path)!r} is a folder; give a {what}{run or _neighbours(path / 'any.toml')}")
+    if not stat.S_ISREG(found.st_mode):
+        # It may be read several times, and what comes through a pipe is there once.
+        raise ConfigError(f"{str(path)!r} is a pipe or a device; write what it gives into a {what}, and give that")
+    if found.st_size > _LARGEST_FILE:
+        raise ConfigError(f"{str(path)!r} has {found.st_size:,} bytes; a {what} has {_LARGEST_FILE:,} at most")
+
+
+def _text(content: bytes) -> str:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise ValueError("it is UTF-16 text or no text at all; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8 (byte {content[error.start]:#x}); save it as UTF-8") from error
+
+
+def _neighbours(path: Path) -> str:
+    """What to say of the TOML files beside one that is missing, the nearest by name first."""
+    files = sorted(path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {str(path.with_name(near[0] + '.toml'))!r}?"
+    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+    return f"; in {str(path.parent)!r} lie {', '.join(file.name for file in files[:_NAMED])}{more}" if files else ""
 
 
 def check_boolean(key: str, value: Scalar, default: Scalar) -> None:
     """Refuse a value that is not a boolean where one is expected, or is one elsewhere.
 
-    Pydantic reads ``yes`` as true and true as 1; a typing slip should not pass for a value.
+    Pydantic reads ``yes`` as true and true as 1; a typing slip should not pass for a value. ``True`` is Python's way to
+    write it, and no slip.
 
     Raises:
         ConfigError: it does.
     """
     if isinstance(default, bool):
-        if not isinstance(value, bool) and value not in ("true", "false"):
-            raise ConfigError(f"{key}={value!r}: write true or false")
+        if not isinstance(value, bool) and str(value).lower() not in ("true", "false"):
+            raise ConfigError(f"{key}={_shown(value)}: write true or false")
     elif isinstance(value, bool):
         raise ConfigError(f"{key}={value!r}: expected a {type(default).__name__}, not true or false")
+
+
+def check_value(value: object) -> None:
+    """Refuse numbers with which nothing can be computed, and text that no file can hold.
+
+    Args:
+        value: of a field.
+
+    Raises:
+        ValueError: a float that is not zero and beyond float32, in which networks are trained, or an integer beyond 64
+            bits, in which Flower sends it; text that is not UTF-8, as the name of a file may be.
+    """
+    if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "ignore").decode():
+        raise ValueError("is not UTF-8, in which the configuration is kept; rename the folder")
+    smallest, largest = _FLOAT32
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and number and not smallest <= abs(number) <= largest:
+            raise ValueError(
+                f"{number:g} is beyond single precision, {smallest:.2g} to {largest:.2g}, in which it is used"
+            )
+        if isinstance(number, int) and not -_INT64 <= number < _INT64:
+            raise ValueError(f"is beyond 64 bits; give a number below {_INT64:,}")
 
 
 def unknown_key(given: str, known: Iterable[str]) -> str:
@@ -152,11 +250,16 @@ def unknown_key(given: str, known: Iterable[str]) -> str:
     return f"unknown configuration key {given!r}" + (f"; did you mean {hints[0]!r}?" if hints else "")
 
 
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_NUMBER else f"{text[:LONGEST_NUMBER]}..."
+
+
 def explain(error: ValidationError) -> str:
     """What pydantic found, as ``key=value: why``."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(part for part in item["loc"] if isinstance(part, str))
         message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{key}={item['input']!r}: {message}" if key else message)
+        lines.append(f"{key}={_shown(item['input'])}: {message}" if key else message)
     return "; ".join(lines)

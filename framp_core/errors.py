@@ -36,6 +36,10 @@ class EngineError(FrampError):
     """An engine could not start, or a run failed in it."""
 
 
+class OutputError(FrampError):
+    """What the command prints cannot be written."""
+
+
 class ProtocolError(FrampError):
     """A message between server and client breaks the protocol."""
 

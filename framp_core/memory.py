@@ -13,7 +13,7 @@ def available_memory() -> int:
     """Bytes that a process can still take: what the machine has free, within what the container may use."""
     free: int = psutil.virtual_memory().available
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((_CGROUP / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, int(limit) - int(used))
     except OSError:
         return free

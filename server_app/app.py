@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from framp_core.config import FrampConfig
 from framp_core.report import finish, plain_lines, write_report
-from framp_core.run_folder import LOG, RunFolder
+from framp_core.run_folder import ENVIRONMENT, LOG, RunFolder
 from framp_core.run_log import about, run_log
 from framp_core.spans import span
 from server_app.first_replies import FirstReplies
@@ -58,6 +58,7 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
         strategy = strategy_class(config, run)
         if config.output.resume:
             _resume(strategy)
+        _note_engine(run, grid)
         if config.server.over_sampling:
             grid = FirstReplies(grid, config.server.clients_per_round)
         with run_log(run.path / LOG):
@@ -68,6 +69,11 @@ def serve(grid: Grid, config: FrampConfig, strategy_class: type[SubmodelStrategy
                 write_report(run.path)
             logger.debug("the run is finished", extra=about(config.rounds))
     return run
+
+
+def _note_engine(run: RunFolder, grid: Grid) -> None:
+    """What carries the messages, by its class, which decides on how the run can go on; see ``framp.status``."""
+    run.write_json(ENVIRONMENT, {**run.json(ENVIRONMENT), "grid": type(grid).__name__})
 
 
 def _resume(strategy: SubmodelStrategy) -> None:

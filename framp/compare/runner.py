@@ -102,8 +102,16 @@ def _start(run: PlannedRun, threads: int) -> _Running:
     log = _log_of(run).open("ab")
     command = [sys.executable, "-m", "framp", "run", str(settings), "--out", str(run.folder)]
     # Runs side by side would otherwise start a thread per core each, and wait for one another.
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONIOENCODING": "utf-8"}
+    # In a session of its own: what Ctrl-C in a terminal ends is this process, which ends its runs.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
     return _Running(run, process, log, time.monotonic())
 
 

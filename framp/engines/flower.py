@@ -34,6 +34,11 @@ logger = logging.getLogger("flwr.framp")
 _CONNECTION = "framp"
 _RUN_ID = re.compile(r"started run (\d+)")
 _NAMED_ERROR = re.compile(r"^framp_core\.errors\.(\w+: .*)$", re.MULTILINE)
+_ANY_ERROR = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit)\b.*$", re.MULTILINE)
+_SHOWN_ERRORS = 5
+_LONGEST_ROOT = 22
+"""Bytes. Below it come ``/framp-XXXXXXXX`` and Ray's sockets, 70 bytes more, and a socket's path has 107 at most, on
+macOS 103."""
 
 
 def run_flower(config: FrampConfig) -> RunFolder:
@@ -47,8 +52,8 @@ def run_flower(config: FrampConfig) -> RunFolder:
         RunFolderError: the run folder exists.
         ResumeError: the run that ``output.resume`` names cannot go on.
         DataError: the data on this machine cannot be read or divided.
-        EngineError: no app folder, no SuperLink, no cluster to join at ``engine.ray_address``, or the run did not
-            complete; carries Flower's own words.
+        EngineError: no app folder, no folder short enough for Ray's sockets, no SuperLink, no cluster to join at
+            ``engine.ray_address``, or the run did not complete; carries Flower's own words.
     """
     folder = Path(config.output.resume or config.output.folder)
     if config.output.resume:
@@ -65,7 +70,7 @@ def run_flower(config: FrampConfig) -> RunFolder:
     if not (app / "pyproject.toml").is_file():
         raise EngineError(f"{app} holds no pyproject.toml; run the Flower engine from a clone (pip install -e .)")
     federation = federation_options(config)
-    home = Path(tempfile.mkdtemp(prefix="framp-flower-"))
+    home = _home()
     log = home / "flower.log"
     try:
         with _superlink(home, config.engine.ray_address) as environment:
@@ -94,9 +99,26 @@ def flower_environment(home: Path, ray_address: str = "") -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(home),
+        "PYTHONUTF8": "1",
+        "PYTHONIOENCODING": "utf-8",
         "RAY_ADDRESS": ray_address or "local",
         "PATH": os.pathsep.join([str(binaries), os.environ.get("PATH", "")]),
     }
+
+
+def _home() -> Path:
+    """A new folder for Flower's and Ray's files: below the temporary folder, or where that is no place for sockets,
+    below ``/tmp`` or the like.
+    """
+    roots = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+    for root in roots:
+        if root.isascii() and len(root) <= _LONGEST_ROOT and os.access(root, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="framp-", dir=root))
+    raise EngineError(
+        f"Ray needs a folder for its sockets that can be written and has {_LONGEST_ROOT} ASCII letters at most; looked "
+        f"at were {', '.join(roots)}. Set TMPDIR to one, or leave out --engine flower"
+    )
 
 
 def federation_options(config: FrampConfig) -> str:
@@ -127,7 +149,9 @@ def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     work.mkdir()
     address = f"127.0.0.1:{port}"
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
+        f'[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n',
+        encoding="utf-8",
     )
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
@@ -158,7 +182,15 @@ def _submit(app: Path, config: FrampConfig, federation: str, environment: dict[s
 def _check_status(run_id: int, environment: dict[str, str], log: Path) -> None:
     """``flwr run`` exits with 0 whatever happened, so ask how the run ended."""
     command = ["flwr", "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json"]
-    answer = subprocess.run(command, env=environment, cwd=log.parent, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command,
+        env=environment,
+        cwd=log.parent,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     try:
         run = json.loads(answer.stdout)["runs"][0]
     except (json.JSONDecodeError, KeyError, IndexError) as error:
@@ -168,6 +200,13 @@ def _check_status(run_id: int, environment: dict[str, str], log: Path) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The error that ended the app, or the end of the log where none can be told."""
-    named = _NAMED_ERROR.findall(without_colours(log.read_text(encoding="utf-8", errors="replace")))
-    return str(named[-1]) if named else "the end of its log:\n" + tail(log)
+    """The error that ended the app, else those in its log, causes before what they caused, else the log's end."""
+    text = without_colours(log.read_text(encoding="utf-8", errors="replace"))
+    if named := _NAMED_ERROR.findall(text):
+        return str(named[-1])
+    errors = list(dict.fromkeys(_ANY_ERROR.findall(text)))[:_SHOWN_ERRORS]
+    return (
+        "\n".join(["the errors in its log, the first one first:", *errors])
+        if errors
+        else ("the end of its log:\n" + tail(log))
+    )

@@ -3,12 +3,15 @@
 import importlib
 import multiprocessing
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -116,6 +119,10 @@ class InProcessGrid(Grid):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not issubclass(kind, Exception) and self._pool is not None:
+            # A signal: whoever sent it does not wait for the training of a client to end.
+            for process in list(self._pool._processes.values()):
+                process.terminate()
         self.close()
 
     def close(self) -> None:
@@ -187,7 +194,8 @@ class InProcessGrid(Grid):
     def _answer_in_pool(self, parts: Sequence[Sequence[Exchange]]) -> list[Answer]:
         """A worker that dies takes the unfinished messages of its batch with it; the next batch has a new pool."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_live_with_the_parent)
             if is_recording():
                 _wait_for_start(self._pool)
         pool, answers = self._pool, []
@@ -200,6 +208,18 @@ class InProcessGrid(Grid):
                 failures = [Message(Error(_CLIENT_APP_CRASHED, str(error)), reply_to=message) for message, _ in part]
                 answers.append(Answer(failures, [context.state for _, context in part], os.getpid(), []))
         return answers
+
+
+def _live_with_the_parent() -> None:
+    """In a worker: leave Ctrl-C, which a terminal sends to all processes, to the parent, and end when that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 @span("engine.start")

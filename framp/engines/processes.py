@@ -107,6 +107,6 @@ def processes_of(home: Path) -> list[psutil.Process]:
 def tail(path: Path, lines: int = 20) -> str:
     """The end of a log, without colours."""
     try:
-        return without_colours("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+        return without_colours("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
     except OSError:
         return "(no log was written)"

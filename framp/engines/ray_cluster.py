@@ -120,7 +120,14 @@ def _look(address: str, data_root: str) -> dict[str, Any]:
         command = [sys.executable, __file__, address, data_root, str(code)]
         try:
             answer = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, check=False, timeout=_LOOK_SECONDS
+                command,
+                cwd=folder,
+                env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+                timeout=_LOOK_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
             raise EngineError(

@@ -60,9 +60,9 @@ def run_study(study: Study, workers: int | None, console: Console, export: Path 
     for each in summary_tables(parts):
         console.print()
         console.print(each, crop=False)
-    console.print(f"study: {written}", soft_wrap=True)
+    console.print(f"study: {written}", markup=False, soft_wrap=True)
     if export is not None and parts:
-        console.print(f"exported: {export_study(study, export)}", soft_wrap=True)
+        console.print(f"exported: {export_study(study, export)}", markup=False, soft_wrap=True)
     if stopped:
         raise EngineError("; ".join([*stopped, *(f"run {failure.run} failed" for failure in failures)]))
     raise_for(failures, study.out)

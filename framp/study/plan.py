@@ -3,7 +3,6 @@
 import difflib
 import re
 import shlex
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from framp.compare.plan import LEARNING_RATE, Comparison, find_preset, public_options, public_path
 from framp.compare.tuning import TuningPlan
-from framp_core.config_values import Scalar, flatten
+from framp_core.config_values import Scalar, flatten, read_tables
 from framp_core.errors import ConfigError
 
 Overrides = Annotated[
@@ -146,12 +145,7 @@ def read_study(path: Path, overrides: Mapping[str, Scalar], out: Path) -> Study:
 
 
 def _parse(path: Path) -> StudyFile:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no study file {str(path)!r}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read as TOML: {error}") from error
+    content = read_tables(path, "study file")
     try:
         return StudyFile.model_validate(content)
     except ValidationError as error:

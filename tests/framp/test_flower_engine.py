@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails when a process survives that was started with a home below this test's folder."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
-    homes = [_home_of(process) for process in psutil.process_iter() if process.pid != os.getpid()]
-    assert [home for home in homes if home.startswith(str(tmp_path))] == []
+def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder for the homes of runs, short enough for Ray; fails when a process survives that has one below it."""
+    assert tmp_path.is_dir()  # Made before pytest would make it below the folder that follows.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="f-") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield folder
+        left = [_home_of(process) for process in psutil.process_iter() if process.pid != os.getpid()]
+        assert [home for home in left if home.startswith(folder)] == []
 
 
 def _home_of(process: psutil.Process) -> str:
@@ -39,7 +42,7 @@ def _home_of(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("homes")
 @pytest.mark.parametrize("kind", ["images", "graph"])
 def test_ray_and_in_process_engines_give_the_same_numbers(
     tiny: Callable[..., FrampConfig], tmp_path: Path, kind: str
@@ -51,7 +54,7 @@ def test_ray_and_in_process_engines_give_the_same_numbers(
     assert {row["kind"] for row in local} == {"start", "train", "evaluate", "priors"}
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("homes")
 def test_a_run_that_fails_in_flower_raises_and_says_why(tiny: Callable[..., FrampConfig]) -> None:
     config = tiny({"generator.name": "dense", "generator.max-parameters": 10})
     with pytest.raises(EngineError, match="modulated"):
@@ -65,20 +68,21 @@ def test_unreadable_data_are_refused_before_the_start(tiny: Callable[..., FrampC
     assert not Path(config.output.folder).exists()
 
 
-@pytest.mark.usefixtures("nothing_left")
-def test_termination_stops_everything_that_was_started(tmp_path: Path) -> None:
+def test_termination_stops_everything_that_was_started(tmp_path: Path, homes: str) -> None:
     code = "import sys, tempfile; tempfile.tempdir = sys.argv.pop(1); from framp.cli import main; main()"
-    command = [sys.executable, "-c", code, str(tmp_path), "run", "--engine", "flower", "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", code, homes, "run", "--engine", "flower", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("run/events.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert [home for home in map(_home_of, psutil.process_iter()) if home.startswith(str(tmp_path))]
+        assert [home for home in map(_home_of, psutil.process_iter()) if home.startswith(homes)]
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"to go on: framp run --resume {tmp_path / 'run'} --engine flower" in said
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("homes")
 def test_a_run_that_was_killed_in_process_goes_on_in_flower(
     tiny: Callable[..., FrampConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import os
 import tomllib
 from collections import Counter
 from fractions import Fraction
@@ -185,3 +186,116 @@ def test_prior_strengths_are_a_sorted_set_and_may_be_empty() -> None:
     for wrong in ("-1", "0,much"):
         with pytest.raises(ConfigError, match="prior-strengths"):
             FrampConfig.from_flat({"evaluation.prior-strengths": wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeffrounds = 7", {"rounds": 7}),
+        ("[capacity]\nsizes = 0.25", {"capacity.sizes": "1/4"}),
+        ("[capacity]\nsizes = [0.25, '1/2', 1]", {"capacity.sizes": "1/4,1/2,1"}),
+        ("[model]\nwidths = 8", {"model.widths": "8"}),
+        ("[model]\nwidths = [8, 16]", {"model.widths": "8,16"}),
+        ("[evaluation]\nprior-strengths = 0.5", {"evaluation.prior-strengths": "0.5"}),
+        ("[evaluation]\nprior-strengths = []", {"evaluation.prior-strengths": ""}),
+        ("[data]\naugment = 'True'", {"data.augment": True}),
+        ("[evaluation]\nunion-prior-strength = -0.0", {}),
+    ],
+)
+def test_what_is_meant_is_taken(text: str, expected: dict[str, Scalar], tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    assert FrampConfig.load(file).digest() == FrampConfig.from_flat(expected).digest()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"capacity.sizes": "16"}, "capacity.sizes='16': capacity 16 is outside (0, 1]; it is the fraction of the"),
+        ({"capacity.sizes": 16}, "capacity.sizes=16: capacity 16 is outside (0, 1]; it is the fraction of the"),
+        ({"capacity.sizes": []}, "capacity.sizes=[]: is empty; give one value or more"),
+        ({"model.widths": [True]}, "model.widths=[True]: true and false are no numbers; write"),
+        ({"model.widths": "0"}, "model.widths='0': Input should be greater"),
+        ({"data.augment": "yes"}, "data.augment='yes': write true or false"),
+        ({"rounds": "x" * 10**6}, "rounds='xxx"),
+        (
+            {"output.folder": "/w\udcff"},
+            "output.folder='/w\\udcff': is not UTF-8, in which the configuration is kept; rename",
+        ),
+    ],
+)
+def test_one_mistake_has_one_short_message(values: dict[str, Scalar], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FrampConfig.from_flat(values)
+    assert str(caught.value).startswith(message)
+    assert ";" not in str(caught.value).removeprefix(message)
+    assert len(str(caught.value)) < 250
+
+
+FLOATS = sorted(key for key, value in FrampConfig().to_flat().items() if isinstance(value, float))
+
+
+@given(
+    st.sampled_from([*FLOATS, "evaluation.prior-strengths"]),
+    st.sampled_from(["1.7e308", "1e300", "3.5e38", "1e-39", "5e-324", "nan", "inf", "-inf", "-1e300"]),
+)
+def test_no_number_is_taken_that_training_cannot_hold(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}="):
+        FrampConfig.from_flat({key: value})
+    assert FrampConfig.from_flat({"partition.alpha": "3.4e38", "local.learning-rate": 2.0**-126})
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**64), "9" * 400])
+def test_no_integer_is_taken_that_flower_cannot_send(value: Scalar) -> None:
+    for key in ("seed", "rounds"):
+        with pytest.raises(ConfigError, match=f"{key}="):
+            FrampConfig.from_flat({key: value})
+    assert FrampConfig.from_flat({"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rounds = 3".encode("utf-16"), "UTF-16"),
+        ("rounds = 3".encode("utf-16-be"), "UTF-16"),
+        ("seed = 1\ndata.root = '/é'".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+        (b".".join([b"a"] * 3000) + b" = 1", "lies in more tables"),
+        (b"seed = " + b"9" * 5000, "cannot be read as TOML"),
+        (b"#" * 2**21, "2,097,152 bytes"),
+        (b"[local]\nbatch-size = 3\nbatch_size = 4", "local.batch-size is given twice"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "no text at all"),
+    ],
+)
+def test_what_is_no_configuration_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        FrampConfig.load(file)
+    assert words in str(caught.value)
+
+
+def test_pipes_devices_and_folders_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    for path, words in (
+        (tmp_path / "pipe.toml", "a pipe or a device"),
+        (Path("/dev/zero"), "a pipe or a device"),
+        (tmp_path / "run", f"framp run --resume {tmp_path / 'run'}"),
+        (tmp_path, "is a folder; give a configuration file; in"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            FrampConfig.load(path)
+        assert words in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest_or_few(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"setting-{number:02}.toml").touch()
+    for name, words in (("seting-07.toml", "; did you mean '"), ("zzz.toml", "setting-02.toml and 47 more")):
+        with pytest.raises(ConfigError) as caught:
+            FrampConfig.load(tmp_path / name)
+        assert words in str(caught.value)
+        assert str(caught.value).count("setting-") <= 3
