@@ -150,10 +150,7 @@ class RunFolder:
         if not files.has_file(path / CONFIG):
             raise RunFolderError(f"{str(path)!r} is not a run folder: it holds no {CONFIG}; give the folder of a run")
         files.read_bytes(path / CONFIG)  # Bounded and plain, before a reader of any file has it.
-        try:
-            return cls(path, FrampConfig.load(path / CONFIG))
-        except (RecursionError, ValueError) as error:
-            raise ConfigError(f"{str(path / CONFIG)!r} cannot be read as TOML: {error}") from error
+        return cls(path, FrampConfig.load(path / CONFIG))
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -56,7 +56,7 @@ class ClientRecord:
         descriptor: v_i, float32 ``(d,)``.
         descriptor_bytes: size of the encoded descriptor.
         reference: name of the reference mask that the client holds, None for none.
-        content_digest: hash of data that the partition does not know, ``-`` for none.
+        content_digest: hash of data that the partition does not know, ``none`` if there are none.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ClientRecord:
     descriptor: np.ndarray
     descriptor_bytes: int
     reference: object = None
-    content_digest: str = "-"
+    content_digest: str = "none"
 
     @classmethod
     def read(cls, node_id: int, content: RecordDict) -> "ClientRecord":

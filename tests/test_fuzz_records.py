@@ -35,7 +35,7 @@ CARD: dict[str, dict[str, object]] = {
     "client": {
         **{"name": "client-0001", "role": "train", "capacity": "1/4", "shape": [1, 8, 8], "classes": 10},
         **{"train-examples": 40, "local-examples": 4, "validation-examples": 0, "union-examples": 9},
-        **{"partitions": 5, "partition-digest": "b" * 64, "content-digest": "-"},
+        **{"partitions": 5, "partition-digest": "b" * 64, "content-digest": "none"},
     },
     "framp": {"payload": DESCRIPTOR, "reference": 7},
 }

@@ -109,7 +109,7 @@ class ClientData:
             owner has it: an image with the owner's feature shift and label, a node in the owner's subgraph.
         known: what the client may look at without labels: its training images, or all nodes of its subgraph.
         partition_digest: identifies the whole partition and the data; equal on all clients and on the server.
-        content_digest: identifies data of the client's own, which the partition does not know; else ``-``.
+        content_digest: identifies data of the client's own, which the partition does not know; else ``none``.
         notes: what was left out of the folder that was read, or read otherwise than may be expected, by what it is
             about.
     """
@@ -125,7 +125,7 @@ class ClientData:
     union_test: Examples
     known: Examples
     partition_digest: str
-    content_digest: str = "-"
+    content_digest: str = "none"
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def class_counts(self) -> np.ndarray:

@@ -241,7 +241,7 @@ class _Holding(NamedTuple):
     test: LabelledImages
     union: LabelledImages
     digest: str
-    content_digest: str = "-"
+    content_digest: str = "none"
 
 
 def _dealt(config: FrampConfig, partition_id: int, partitions: int) -> _Holding:
