@@ -131,22 +131,27 @@ def test_a_signal_stops_the_workers_and_says_how_to_go_on(tmp_path: Path, number
         assert "Traceback" not in said
 
 
-def test_a_second_signal_ends_at_once_and_two_together_are_one() -> None:
+@pytest.mark.parametrize(("apart", "status"), [(0, 128 + signal.SIGHUP), (3600, 128 + signal.SIGTERM)])
+def test_a_second_signal_ends_at_once_and_two_together_are_one(apart: int, status: int) -> None:
+    """Signals count as one up to ``apart`` seconds; then the first goes on stopping, which here waits for a line."""
     code = (
-        "import time; from framp.interruption import end_on_signals; end_on_signals(); print(1, flush=True)\n"
-        "try: time.sleep(60)\n"
-        "finally: print(2, flush=True); time.sleep(60)"
+        f"from framp import interruption; interruption._SAME_SECONDS = {apart}; interruption.end_on_signals()\n"
+        "import sys, time\n"
+        "try: print(1, flush=True); time.sleep(600)\n"
+        "finally: print(2, flush=True); sys.stdin.readline()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
         assert process.stdout is not None
+        assert process.stdin is not None
         assert process.stdout.readline() == "1\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "2\n"
         process.send_signal(signal.SIGHUP)
-        time.sleep(1.1)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        if apart:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.wait(60) == status
 
 
 @pytest.fixture

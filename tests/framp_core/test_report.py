@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from html import escape
 from html.parser import HTMLParser
@@ -415,18 +416,32 @@ def test_durations_for_people(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1.7e308", "1e999", "1" + "0" * 300, "-1"])
-def test_a_report_is_written_whatever_numbers_the_events_hold(tmp_path: Path, number: str) -> None:
-    """Losses, lengths of messages, times and counts of one client; the others are still there."""
-    run = synthetic_run(tmp_path / "run")
-    text = (run.path / "events.jsonl").read_text()
-    line = next(line for line in text.splitlines() if '"kind": "train"' in line and '"client-0003"' in line)
-    event = json.loads(line)
-    event |= {"round": 7, "seconds": "NUMBER"}
+def spoil(run: RunFolder, number: str, keys: Sequence[str]) -> None:
+    """Add a round in which one client's row holds this number."""
+    lines = (run.path / "events.jsonl").read_text().splitlines()
+    event = json.loads(next(line for line in lines if '"kind": "train"' in line and '"client-0003"' in line))
     spoilt = next(row for row in event["clients"] if row["client"] == "client-0003")
-    spoilt |= {"loss": "NUMBER", "held": "NUMBER", "up": dict.fromkeys(spoilt["up"], "NUMBER")}
+    spoilt |= {key: dict.fromkeys(spoilt["up"], "NUMBER") if key == "up" else "NUMBER" for key in keys}
     with (run.path / "events.jsonl").open("a") as file:
-        file.write(json.dumps(event).replace('"NUMBER"', number) + "\n")
+        file.write(json.dumps(event | {"round": 7}).replace('"NUMBER"', number) + "\n")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1.7e308", "1e999", "1" + "0" * 300, "-1"])
+def test_numbers_that_no_run_counts_are_named(tmp_path: Path, number: str) -> None:
+    run = synthetic_run(tmp_path / "run")
+    spoil(run, number, ["held", "up"])
+    with pytest.raises(RunFolderError, match=r"line 10 of .* (is not what a run writes there|is not JSON)"):
+        write_report(run.path)
+
+
+@pytest.mark.parametrize(
+    ("number", "keys"),
+    [("1.7e308", ["loss"]), ("-1.7e308", ["loss"]), (str(2**63), ["held", "up"]), ("null", ["loss"])],
+)
+def test_a_report_is_written_whatever_numbers_the_events_hold(tmp_path: Path, number: str, keys: list[str]) -> None:
+    """Losses, lengths of messages and counts of one client; the others are still there."""
+    run = synthetic_run(tmp_path / "run")
+    spoil(run, number, keys)
     page = Page(write_report(run.path))
     assert "client-0003" in page.text
     assert len([address for address in page.addresses if address.startswith("data:image/png")]) >= 4
