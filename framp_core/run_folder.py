@@ -232,7 +232,7 @@ class RunFolder:
                 f"since; restore it, or start the run again in another folder"
             )
         self._keep(length)
-        for leftover in list(self.path.glob(f"*{files.LEFTOVER}")):
+        for leftover in files.leftovers(self.path):
             with files.writing(leftover):
                 leftover.unlink()
         self._metrics = None
@@ -398,8 +398,9 @@ class RunFolder:
             RunFolderError: a file is damaged.
         """
         folder = self.path / PROTOTYPES
-        found = sorted(folder.glob(f"{_ROUND}*{_TENSORS}")) if files.has_folder(folder) else []
-        return {int(path.stem.removeprefix(_ROUND)): _prototypes(path) for path in found}
+        paths = folder.glob(f"{_ROUND}*{_TENSORS}") if files.has_folder(folder) else ()
+        rounds = {path.stem.removeprefix(_ROUND): path for path in sorted(paths)}
+        return {int(number): _prototypes(path) for number, path in rounds.items() if number.isdecimal()}
 
     def _require(self, name: str) -> None:
         if not self.has(name):
