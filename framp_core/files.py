@@ -155,25 +155,24 @@ def read_text(path: Path) -> str:
         raise RunFolderError(f"{str(path)!r} is not UTF-8 ({error}); restore what the run wrote") from error
 
 
-def lines(path: Path, start: int = 0, limit: int = WHOLE_LIMIT) -> Iterator[bytes]:
+def lines(path: Path, start: int = 0) -> Iterator[bytes]:
     """The lines of a file, one at a time; a last one without its end is left out. See :func:`reading`.
 
     Args:
         path: the file.
         start: bytes of it to pass over, whole lines.
-        limit: bytes of a line.
 
     Raises:
-        RunFolderError: a line is too long, too.
+        RunFolderError: a line has more than ``WHOLE_LIMIT`` bytes, too.
     """
     with reading(path) as file:
         file.seek(start)
-        while (line := file.readline(limit + 1)).endswith(b"\n"):
+        while (line := file.readline(WHOLE_LIMIT + 1)).endswith(b"\n"):
             yield line
-        if len(line) > limit:
+        if len(line) > WHOLE_LIMIT:
             raise RunFolderError(
-                f"{str(path)!r} has a line of more than {limit:,} bytes, the most that is read; restore what the run "
-                f"wrote"
+                f"{str(path)!r} has a line of more than {WHOLE_LIMIT:,} bytes, the most that is read; restore what the "
+                f"run wrote"
             )
 
 

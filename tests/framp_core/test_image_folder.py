@@ -271,6 +271,7 @@ def test_a_class_may_be_called_train(plain: Path) -> None:
         (["val/a", "test/b"], r"has the folders 'val', 'test' alone; lay out train/<class>/"),
         (["Validation/a", "Validation/b"], r"has a folder 'Validation' alone"),
         (["a", "b", "test"], r"has a folder 'test' alone"),
+        (["valid", "invalid"], r"has a folder 'valid' alone; .* If it is a class, give it another name"),
         (["TRAIN", "TEST"], r"D/TRAIN' has 0 class folders; .* it holds 1 images itself"),
         (["train/a", "train/b", "VAL/a"], r"class 'b' is in 'train' and not in 'VAL'"),
     ],
