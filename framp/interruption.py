@@ -68,7 +68,9 @@ def run_words(folder: Path) -> str:
         return f"the run had not begun; start it again: {same_command()}"
     newest = "there is no checkpoint yet" if found.checkpoint is None else f"the newest is of round {found.checkpoint}"
     done = f"round {found.round} of {found.rounds} is done" if found.round else "no round is done"
-    end = f"to go on: {found.resume}" if found.resume else f"the run is finished: framp report {folder}"
+    end = (
+        f"to go on: {found.resume}" if found.resume else f"the run is finished: framp report {shlex.quote(str(folder))}"
+    )
     return f"{done}; checkpoints: {newest}\n{end}"
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -175,7 +176,11 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
 def _check_plain(path: Path, what: str) -> None:
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        run = f"; to go on with the run in it: framp run --resume {path}" if (path / "config.toml").is_file() else ""
+        run = (
+            f"; to go on with the run in it: framp run --resume {shlex.quote(str(path))}"
+            if (path / "config.toml").is_file()
+            else ""
+        )
         raise ConfigError(f"{str(path)!r} is a folder; give a {what}{run or _neighbours(path / 'any.toml')}")
     if not stat.S_ISREG(found.st_mode):
         # It may be read several times, and what comes through a pipe is there once.

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def checkpoint_of(run: RunFolder, config: FrampConfig, strategy: type) -> Checkp
     """
     if run.has(SUMMARY):
         raise ResumeError(
-            f"the run in {str(run.path)!r} is finished; framp report {run.path} shows its results, and more rounds are "
+            f"the run in {str(run.path)!r} is finished; framp report {shlex.quote(str(run.path))} shows its results, and more rounds are "
             f"another run"
         )
     found = run.newest_checkpoint()

@@ -101,9 +101,13 @@ def test_every_write_is_named_and_leaves_what_was_there(tmp_path: Path, name: st
 
 
 def test_a_finished_run_says_how_its_report_comes(tmp_path: Path) -> None:
-    run = synthetic_run(tmp_path / "run")
+    run = synthetic_run(tmp_path / "my run")
     finish(run)
-    with no_file_beyond(5), pytest.raises(WriteError, match=rf"is finished.*framp report {run.path}$"), run.going_on():
+    with (
+        no_file_beyond(5),
+        pytest.raises(WriteError, match=rf"is finished.*framp report '{run.path}'$"),
+        run.going_on(),
+    ):
         write_report(run.path)
     assert not (run.path / "report.html").exists()
     write_report(run.path)

@@ -379,7 +379,7 @@ def test_an_older_folder_is_shown_in_the_same_way(tmp_path: Path) -> None:
     """Its events hold what a client wrote, as it was."""
     run = RunFolder.create(tmp_path / "run", FrampConfig())
     row = {"client": f"a{ESCAPES}", "error": ESCAPES * 9_000, "traceback": f"Traceback\n{ESCAPES}" * 9_000}
-    run.event("join", 1, clients=[{"client": ESCAPES, "role": ESCAPES, "capacity": "1"}], refused=[row], seconds=1.0)
+    run.event("join", 1, clients=[{"client": ESCAPES, "role": "train", "capacity": "1"}], refused=[row], seconds=1.0)
     (run.path / "log.jsonl").write_text(json.dumps({"text": f"the run failed: EngineError: {ESCAPES}"}) + "\n")
     status, page = CliRunner().invoke(cli.app, ["status", str(run.path)]).output, write_report(run.path).read_text()
     for text in (status, page):
