@@ -26,7 +26,6 @@ import logging
 import math
 import os
 import platform
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -46,6 +45,7 @@ from torch import Tensor
 
 from framp_core import files
 from framp_core.checkpoints import Checkpoint, Checkpoints
+from framp_core.commands import framp_command
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError, WriteError
 from framp_core.fingerprint import code_fingerprint
@@ -209,12 +209,12 @@ class RunFolder:
         rounds: list[int] = []
         with suppress(RunFolderError, OSError):
             if self.has(SUMMARY):
-                return f"the run is finished, its report is not; {_ONCE_WRITABLE}: framp report {shlex.quote(str(self.path))}"
+                return f"the run is finished, its report is not; {_ONCE_WRITABLE}: {framp_command('report', self.path)}"
             rounds = self.checkpoints.rounds()
         if not self.path.is_dir():
             return "the run folder is gone; start the run again"
         saved = f"the checkpoint of round {rounds[0]} was saved last" if rounds else "no checkpoint was saved yet"
-        return f"{saved}; {_ONCE_WRITABLE}: framp run --resume {shlex.quote(str(self.path))}"
+        return f"{saved}; {_ONCE_WRITABLE}: {framp_command('run', '--resume', self.path)}"
 
     def rewind(self, round: int, length: int) -> None:
         """Go back to the end of a round: what was recorded after it is done again.
