@@ -55,7 +55,7 @@ def read_overrides(overrides: list[str] | None) -> dict[str, Scalar]:
     values: dict[str, Scalar] = dict(parse_override(text) for text in overrides or [])
     for key in ("data.root", "data.cache", "output.folder", "output.resume"):
         if values.get(key):
-            values[key] = str(Path(str(values[key])).expanduser().resolve())
+            values[key] = str(files.resolved(str(values[key])))
     return values
 
 
@@ -82,7 +82,7 @@ def resumed_config(
 
     if given is not None:
         raise ConfigError(f"--resume {folder} goes on with the configuration in that folder; leave out {given}")
-    path = RunFolder.open(folder.expanduser().resolve()).path
+    path = RunFolder.open(files.resolved(folder)).path
     paths = {"output.folder": "", "output.resume": str(path)}
     return load_config(path / CONFIG, overrides, **{**paths, **read_overrides(overrides), **fixed})
 
@@ -114,16 +114,10 @@ def run(
     from framp.profiling import PROFILE, profile_table, run_profiled
     from framp_core.report import results_table
 
-    if trace and not profile:
-        raise ConfigError("--trace writes what --profile records; give both")
-    if profile and engine is Engine.FLOWER:
-        raise ConfigError(
-            "--profile follows the in-process engine alone: Ray starts its clients where no profile can reach; "
-            "leave out --engine flower"
-        )
+    _check_profile(profile, trace, engine)
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
     if out is not None:
-        fixed["output.folder"] = str(out.expanduser().resolve())
+        fixed["output.folder"] = str(files.resolved(out))
     loaded = (
         load_config(config, override, **fixed) if resume is None else resumed_config(config, resume, override, fixed)
     )
@@ -171,7 +165,7 @@ def compare(
         overrides=read_overrides(override),
         methods=parse_list(methods, "--methods", str),
         seeds=parse_list(seeds, "--seeds", int),
-        out=(out or Path("runs") / "compare").expanduser().resolve(),
+        out=files.resolved(out or Path("runs") / "compare"),
         reference=reference,
     )
     plan = TuningPlan.of(comparison, parse_list(grid, "--grid", float), tuning_seed, tuning_rounds) if tune else None
@@ -194,10 +188,10 @@ def study(
     from framp.interruption import same_words, saying
     from framp.study import read_study, run_study
 
-    target = (out or Path("runs") / file.stem).expanduser().resolve()
+    target = files.resolved(out or Path("runs") / file.stem)
     asked = read_study(file, read_overrides(override), target)
     with saying(lambda: same_words("finished runs are kept, the others start again")):
-        run_study(asked, workers, console, export.expanduser().resolve() if export is not None else None)
+        run_study(asked, workers, console, files.resolved(export) if export is not None else None)
 
 
 @app.command()
@@ -206,8 +200,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.", show_de
     from framp_core.report import results_table, summary_of_run, write_report
     from framp_core.run_folder import RunFolder
 
-    path = write_report(run_dir.resolve())
-    console.print(results_table(summary_of_run(RunFolder.open(run_dir.resolve()))))
+    folder = files.resolved(run_dir)
+    path = write_report(folder)
+    console.print(results_table(summary_of_run(RunFolder.open(folder))))
     console.say(f"report: {path}")
 
 
@@ -219,7 +214,7 @@ def status(
     """Show how far a run is, how well it does, and how it goes on; while it works, too."""
     from framp.status import RunStatus
 
-    found = RunStatus.of(run_dir.expanduser().resolve())
+    found = RunStatus.of(files.resolved(run_dir))
     if as_json:
         console.say(json.dumps(found.to_dict(), indent=2))
         return
@@ -245,8 +240,8 @@ def personalise(
     from framp.personalise import personalise as give_model
 
     gamma = parse_capacity(capacity) if capacity is not None else None
-    folder, written = run_dir.expanduser().resolve(), out.expanduser().resolve() if out is not None else None
-    root = data.expanduser().resolve() if data is not None else None
+    folder, written = files.resolved(run_dir), files.resolved(out) if out is not None else None
+    root = files.resolved(data) if data is not None else None
     found = give_model(folder, root, client, gamma, fine_tune, written)
     _show_rows("Personal model", found.rows())
     if written is not None:
@@ -274,8 +269,8 @@ def node(
     """Check this device before it joins a federation, and print the command that starts its SuperNode."""
     from framp.node import Device, DeviceCheck, compose_variables
 
-    authority = root_certificates.expanduser().resolve() if root_certificates is not None else None
-    paths = [path.expanduser().resolve() for path in (key, data_dir)]
+    authority = files.resolved(root_certificates) if root_certificates is not None else None
+    paths = [files.resolved(path) for path in (key, data_dir)]
     device = Device(superlink, authority, paths[0], partition, of, name, capacity, paths[1])
     _log_errors()
     check = DeviceCheck(load_config(config, override), device)
@@ -287,7 +282,7 @@ def node(
     if not all(finding.passed for finding in findings):
         raise EngineError("this device is not ready to join; see the checks that failed")
     if env_file is not None:
-        files.write_text(env_file.expanduser().resolve(), compose_variables(device, check.peak_bytes))
+        files.write_text(files.resolved(env_file), compose_variables(device, check.peak_bytes))
     console.say(device.command)
 
 
@@ -335,6 +330,16 @@ def _clients_table(summary: "DataSummary") -> Table:
     for cells, row in zip(rows, summary.clients, strict=True):
         table.add_row(*cells, Text(shares_text(row.most_frequent, console.width - taken)))
     return table
+
+
+def _check_profile(profile: bool, trace: bool, engine: Engine) -> None:
+    if trace and not profile:
+        raise ConfigError("--trace writes what --profile records; give both")
+    if profile and engine is Engine.FLOWER:
+        raise ConfigError(
+            "--profile follows the in-process engine alone: Ray starts its clients where no profile can reach; "
+            "leave out --engine flower"
+        )
 
 
 def _log_errors() -> None:

@@ -1,7 +1,6 @@
 """How the command ends when a signal asks it to: what was started is stopped, and it says how to go on."""
 
 import os
-import shlex
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from types import FrameType
 import psutil
 
 from framp.terminal import Terminal
+from framp_core.commands import framp_command
 from framp_core.errors import FrampError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,7 +68,7 @@ def run_words(folder: Path) -> str:
         return f"the run had not begun; start it again: {same_command()}"
     newest = "there is no checkpoint yet" if found.checkpoint is None else f"the newest is of round {found.checkpoint}"
     done = f"round {found.round} of {found.rounds} is done" if found.round else "no round is done"
-    end = f"to go on: {found.resume}" if found.resume else f"the run is finished: framp report {folder}"
+    end = f"to go on: {found.resume}" if found.resume else f"the run is finished: {framp_command('report', folder)}"
     return f"{done}; checkpoints: {newest}\n{end}"
 
 
@@ -79,7 +79,7 @@ def same_words(what: str) -> str:
 
 def same_command() -> str:
     """The command that this process was started with."""
-    return shlex.join(["framp", *sys.argv[1:]])
+    return framp_command(*sys.argv[1:])
 
 
 def _write(text: str) -> None:

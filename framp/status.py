@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import tomli_w
 
+from framp_core.commands import framp_command
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
 from framp_core.foreign_text import LONGEST_TRACEBACK, printable
@@ -151,8 +152,8 @@ def resume_command(run: RunFolder, nodes: int) -> str:
     """
     grid = run.json(ENVIRONMENT).get("grid") if run.has(ENVIRONMENT) else None
     if grid != _DEPLOYMENT and nodes in (0, run.config.partition.nodes):
-        engine = " --engine flower" if grid == _SIMULATION or run.config.engine.ray_address else ""
-        return f"framp run --resume {shlex.quote(str(run.path))}{engine}"
+        engine = ("--engine", "flower") if grid == _SIMULATION or run.config.engine.ray_address else ()
+        return framp_command("run", "--resume", run.path, *engine)
     output = run.config.output.model_copy(update={"folder": "", "resume": str(run.path)})
     values, defaults = run.config.model_copy(update={"output": output}).to_flat(), FrampConfig().to_flat()
     options = " ".join(f"{key}={_in_toml(value)}" for key, value in values.items() if value != defaults[key])

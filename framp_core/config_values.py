@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
+from framp_core.commands import framp_command
 from framp_core.errors import ConfigError
 
 Scalar = str | int | float | bool
@@ -175,8 +176,10 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
 def _check_plain(path: Path, what: str) -> None:
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        run = f"; to go on with the run in it: framp run --resume {path}" if (path / "config.toml").is_file() else ""
-        raise ConfigError(f"{str(path)!r} is a folder; give a {what}{run or _neighbours(path / 'any.toml')}")
+        hint = _neighbours(path / "any.toml")
+        if (path / "config.toml").is_file():
+            hint = f"; to go on with the run in it: {framp_command('run', '--resume', path)}"
+        raise ConfigError(f"{str(path)!r} is a folder; give a {what}{hint}")
     if not stat.S_ISREG(found.st_mode):
         # It may be read several times, and what comes through a pipe is there once.
         raise ConfigError(f"{str(path)!r} is a pipe or a device; write what it gives into a {what}, and give that")

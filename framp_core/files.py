@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from framp_core.errors import RunFolderError, WriteError
+from framp_core.errors import ConfigError, RunFolderError, WriteError
 
 WHOLE_LIMIT = 2**28
 """Bytes of a file that is read whole, and of a line; 10,000 clients of 1,000 examples have a manifest of 80 MB."""
@@ -27,6 +27,8 @@ STREAM_LIMIT = 2**36
 """Bytes of a file that is read line by line or mapped; 1,000 rounds of 100 clients are 70 MB of events."""
 LEFTOVER = ".tmp"
 """How the name ends of what is not written whole yet."""
+_RANDOM_BYTES = 8
+"""Of the name of a new file, before that end."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -38,6 +40,18 @@ _KINDS = {
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
+
+
+def resolved(path: Path | str) -> Path:
+    """A path that a user gives, absolute, with ``~`` and the links on the way to it resolved.
+
+    Raises:
+        ConfigError: its links lead in a circle, or there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"the path {str(path)!r} leads nowhere ({error}); give another one") from error
 
 
 def has_file(path: Path) -> bool:
@@ -141,25 +155,24 @@ def read_text(path: Path) -> str:
         raise RunFolderError(f"{str(path)!r} is not UTF-8 ({error}); restore what the run wrote") from error
 
 
-def lines(path: Path, start: int = 0, limit: int = WHOLE_LIMIT) -> Iterator[bytes]:
+def lines(path: Path, start: int = 0) -> Iterator[bytes]:
     """The lines of a file, one at a time; a last one without its end is left out. See :func:`reading`.
 
     Args:
         path: the file.
         start: bytes of it to pass over, whole lines.
-        limit: bytes of a line.
 
     Raises:
-        RunFolderError: a line is too long, too.
+        RunFolderError: a line has more than ``WHOLE_LIMIT`` bytes, too.
     """
     with reading(path) as file:
         file.seek(start)
-        while (line := file.readline(limit + 1)).endswith(b"\n"):
+        while (line := file.readline(WHOLE_LIMIT + 1)).endswith(b"\n"):
             yield line
-        if len(line) > limit:
+        if len(line) > WHOLE_LIMIT:
             raise RunFolderError(
-                f"{str(path)!r} has a line of more than {limit:,} bytes, the most that is read; restore what the run "
-                f"wrote"
+                f"{str(path)!r} has a line of more than {WHOLE_LIMIT:,} bytes, the most that is read; restore what the "
+                f"run wrote"
             )
 
 
@@ -222,7 +235,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     mode = _mode(path)
     if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         raise _unlike(path, mode, "a plain file")
-    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}{LEFTOVER}")
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(_RANDOM_BYTES)}{LEFTOVER}")
     with writing(path):
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
@@ -234,6 +247,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What :func:`replacing` left in a folder where a process was killed in it; other files that end so are not its."""
+    return list(folder.glob(f"*.{'[0-9a-f]' * 2 * _RANDOM_BYTES}{LEFTOVER}"))
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

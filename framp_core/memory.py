@@ -10,12 +10,19 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that a process can still take: what the machine has free, within what the container may use."""
+    """Bytes that a process can still take: what the machine has free, within what the container may use.
+
+    What the container holds of files is not counted as used: the kernel drops it where memory is asked for.
+    """
     free: int = psutil.virtual_memory().available
     try:
-        limit, used = ((_CGROUP / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
+        limit, used, parts = ((_CGROUP / f"memory.{name}").read_text("utf-8") for name in ("max", "current", "stat"))
+        if limit.strip() == "max":
+            return free
+        sizes = dict(line.split() for line in parts.splitlines())
+        cached = sum(int(sizes.get(name, 0)) for name in ("active_file", "inactive_file"))
+        return min(free, int(limit) - int(used) + cached)
+    except (OSError, ValueError):
         return free
 
 

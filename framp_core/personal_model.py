@@ -146,8 +146,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> PersonalModel:
         ModelError: the file is missing, damaged or not a personal model of this version. Memory is asked for only for
             what the file is long enough to hold.
     """
-    path = Path(path).resolve()
     try:
+        path = files.resolved(path)
         with files.reading(path):
             pass
         with safe_open(path, framework="pt") as file:

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from framp_core import files
 from framp_core.checkpoints import Checkpoint, Checkpoints
+from framp_core.commands import framp_command
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError, WriteError
 from framp_core.fingerprint import code_fingerprint
@@ -208,12 +209,12 @@ class RunFolder:
         rounds: list[int] = []
         with suppress(RunFolderError, OSError):
             if self.has(SUMMARY):
-                return f"the run is finished, its report is not; {_ONCE_WRITABLE}: framp report {self.path}"
+                return f"the run is finished, its report is not; {_ONCE_WRITABLE}: {framp_command('report', self.path)}"
             rounds = self.checkpoints.rounds()
         if not self.path.is_dir():
             return "the run folder is gone; start the run again"
         saved = f"the checkpoint of round {rounds[0]} was saved last" if rounds else "no checkpoint was saved yet"
-        return f"{saved}; {_ONCE_WRITABLE}: framp run --resume {self.path}"
+        return f"{saved}; {_ONCE_WRITABLE}: {framp_command('run', '--resume', self.path)}"
 
     def rewind(self, round: int, length: int) -> None:
         """Go back to the end of a round: what was recorded after it is done again.
@@ -232,7 +233,7 @@ class RunFolder:
                 f"since; restore it, or start the run again in another folder"
             )
         self._keep(length)
-        for leftover in list(self.path.glob(f"*{files.LEFTOVER}")):
+        for leftover in files.leftovers(self.path):
             with files.writing(leftover):
                 leftover.unlink()
         self._metrics = None
@@ -398,8 +399,9 @@ class RunFolder:
             RunFolderError: a file is damaged.
         """
         folder = self.path / PROTOTYPES
-        found = sorted(folder.glob(f"{_ROUND}*{_TENSORS}")) if files.has_folder(folder) else []
-        return {int(path.stem.removeprefix(_ROUND)): _prototypes(path) for path in found}
+        paths = folder.glob(f"{_ROUND}*{_TENSORS}") if files.has_folder(folder) else ()
+        rounds = {path.stem.removeprefix(_ROUND): path for path in sorted(paths)}
+        return {int(number): _prototypes(path) for number, path in rounds.items() if number.isdecimal()}
 
     def _require(self, name: str) -> None:
         if not self.has(name):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from framp_core.config_values import LONGEST_NUMBER
 from framp_core.errors import RunFolderError
 from framp_core.metrics import COLUMNS, MEAN, Moment, Population, Role
 
@@ -18,7 +19,8 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 Round = Annotated[int, Field(ge=0, le=2**31)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Capacity = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,40}(/0*[1-9][0-9]{0,39})?\z")]
+Capacity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(/0*[1-9][0-9]*)?\z", max_length=LONGEST_NUMBER)]
+"""As a run's configuration may hold it, see :func:`framp_core.config_values.parse_capacity`."""
 
 
 class _Refusal(TypedDict):

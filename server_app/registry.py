@@ -187,7 +187,7 @@ class ClientRegistry:
         try:
             for descriptor, row in zip(descriptors, rows, strict=True):
                 capacity, shape = parse_capacity(row["capacity"]), _shape(row["shape"])
-                fields = {"tests": {}, **row, "capacity": capacity, "shape": shape}  # Older versions noted no tests.
+                fields = {**row, "capacity": capacity, "shape": shape}
                 self.clients[read_name(row, "name")] = ClientRecord(node_id=ABSENT, descriptor=descriptor, **fields)
         except (FrampError, KeyError, TypeError, ValueError) as error:
             raise ResumeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from framp_core.checkpoints import Checkpoint
+from framp_core.commands import framp_command
 from framp_core.config import FrampConfig
 from framp_core.errors import ResumeError
 from framp_core.fingerprint import RUN_PACKAGES, code_files
@@ -39,8 +40,8 @@ def checkpoint_of(run: RunFolder, config: FrampConfig, strategy: type) -> Checkp
     """
     if run.has(SUMMARY):
         raise ResumeError(
-            f"the run in {str(run.path)!r} is finished; framp report {run.path} shows its results, and more rounds are "
-            f"another run"
+            f"the run in {str(run.path)!r} is finished; {framp_command('report', run.path)} shows its results, and "
+            f"more rounds are another run"
         )
     found = run.newest_checkpoint()
     started_with = found.state["config"] if found else RunFolder.open(run.path).config.to_flat()

@@ -156,7 +156,7 @@ class _Reader:
         if test and ("train" not in used or len(used) == 1):
             raise DataError(
                 f"{self.root.path!r} has {'a folder' if len(found) == 1 else 'the folders'} {_quoted(found)} alone; "
-                f"lay out train/<class>/ and test/<class>/, or <class>/"
+                f"lay out train/<class>/ and test/<class>/, or <class>/. If it is a class, give it another name"
             )
         self._left_out += look.left_out
         self._left_out[_LOOSE, ""] += len(look.images)

@@ -8,13 +8,14 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from framp.progress import RunProgress
 from framp.status import RunStatus
 from framp_core import personal_model
 from framp_core.config import FrampConfig
+from framp_core.config_values import parse_capacity
 from framp_core.data import DataFacts, load_images
 from framp_core.errors import ConfigError, DataError, FrampError, ModelError, RunFolderError
 from framp_core.metrics import PriorCurve
@@ -33,6 +35,7 @@ from framp_core.report.html import _environment, _page
 from framp_core.report.summary import Record, summary_of
 from framp_core.run_folder import RunFolder
 from framp_core.run_log import failure, run_log
+from framp_core.run_records import checked_row
 from tests.framp_core.test_report import synthetic_run
 
 VICTIM = b"what a link must not reach"
@@ -216,6 +219,35 @@ def test_damaged_prototypes_are_named(run: RunFolder) -> None:
               run.path / "prototypes/round-000002.safetensors")  # fmt: skip
     with pytest.raises(RunFolderError, match=r"holds prototypes of \(3,\)"):
         run.prototypes()
+
+
+@pytest.mark.parametrize("number", ["", "x", "²", "-1"])
+def test_a_file_beside_the_prototypes_is_none_of_theirs(run: RunFolder, number: str) -> None:
+    (run.path / f"prototypes/round-{number}.safetensors").write_bytes(b"a note")
+    assert list(run.prototypes()) == [1]
+
+
+@given(st.fractions(0, 1).filter(bool), st.integers(0, 60))
+@example(Fraction(1), 45)
+@settings(max_examples=30)
+def test_every_capacity_of_a_configuration_can_stand_in_a_table(fraction: Fraction, digits: int) -> None:
+    row = {"client": "a", "role": "train", "round": "1", "population": "local", "moment": "before"}
+    for text in (str(fraction), "0." + "7" * digits + "1"):
+        with suppress(ConfigError):
+            capacity = str(parse_capacity(text))
+            assert checked_row({**row, "capacity": capacity, "correct": "1", "total": "2"}, "a row")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("report",), ("run", "--resume"), ("personalise",), ("run", "--out")]
+)
+@pytest.mark.parametrize("given", ["loop", "~nobody-of-this-name/run"])
+def test_a_path_that_leads_nowhere_is_named(tmp_path: Path, arguments: tuple[str, ...], given: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = given if given.startswith("~") else str(tmp_path / given)
+    assert f"the path {path!r} leads nowhere" in framp(*arguments, path)
+    with pytest.raises(ModelError, match="leads nowhere"):
+        personal_model.load(path)
 
 
 ANY: st.SearchStrategy[Any] = st.sampled_from(

@@ -4,8 +4,6 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,8 @@ import torch
 
 from framp.profiling import Profile
 from framp_core.config import FrampConfig
-from framp_core.data import DataFacts
+from framp_core.config_values import Scalar
+from framp_core.data import DataFacts, load_images
 from framp_core.data.cache import cached
 from framp_core.data.transforms import Normaliser
 from framp_core.errors import DataError, WriteError
@@ -27,6 +26,7 @@ from framp_core.prototypes import Prototypes
 from framp_core.report import finish, write_report
 from framp_core.run_folder import RunFolder
 from framp_core.run_log import run_log
+from tests.framp.test_cli import fails
 from tests.framp_core.test_files import no_file_beyond
 from tests.framp_core.test_report import synthetic_run
 from tests.server_app.test_operations import run_with
@@ -101,9 +101,13 @@ def test_every_write_is_named_and_leaves_what_was_there(tmp_path: Path, name: st
 
 
 def test_a_finished_run_says_how_its_report_comes(tmp_path: Path) -> None:
-    run = synthetic_run(tmp_path / "run")
+    run = synthetic_run(tmp_path / "my run")
     finish(run)
-    with no_file_beyond(5), pytest.raises(WriteError, match=rf"is finished.*framp report {run.path}$"), run.going_on():
+    with (
+        no_file_beyond(5),
+        pytest.raises(WriteError, match=rf"is finished.*framp report '{run.path}'$"),
+        run.going_on(),
+    ):
         write_report(run.path)
     assert not (run.path / "report.html").exists()
     write_report(run.path)
@@ -172,18 +176,16 @@ def test_a_folder_that_becomes_read_only_in_the_middle_is_named(tiny: Build, mon
     monkeypatch.undo()
 
 
-def test_the_command_on_a_full_disk(tmp_path: Path) -> None:
+def test_the_command_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As under ``ulimit -f 64``: the first checkpoint, of some 100 kB, does not fit."""
-    options = {"rounds": 1, "partition.clients": 3, "partition.unseen-clients": 0, "local.steps": 1}
+    options: dict[str, Scalar] = {"rounds": 1, "partition.clients": 3, "partition.unseen-clients": 0, "local.steps": 1}
+    options["data.cache"] = str(tmp_path / "cache")
     given = [text for key, value in options.items() for text in ("-o", f"{key}={value}")]
-    command = [sys.executable, "-m", "framp", "run", *given, "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr + done.stdout
-    said = " ".join(done.stderr.split())
+    load_images(FrampConfig.from_flat(options).data, 0)  # Decoded before the disk is full.
+    with no_file_beyond(2**16):
+        said = fails(monkeypatch, capfd, "run", *given, "--out", str(tmp_path / "run"))
     assert said.startswith("WriteError: ")
     assert said.endswith(f"framp run --resume {tmp_path / 'run'}")
 

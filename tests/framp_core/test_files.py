@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, work: Callable[[Path,
     assert path.read_bytes().endswith(NEW)
 
 
-def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path) -> None:
+def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "masks.json"
     with path.open("wb") as file:
         file.truncate(2**40)  # Sparse: it takes no room.
@@ -139,9 +139,11 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"at most 68,719,476,736 are read"):
         next(files.lines(path))
     path.write_bytes(b"1234\n12345\n")
-    assert list(files.lines(path, limit=6)) == [b"1234\n", b"12345\n"]
+    monkeypatch.setattr(files, "WHOLE_LIMIT", 6)
+    assert list(files.lines(path)) == [b"1234\n", b"12345\n"]
+    monkeypatch.setattr(files, "WHOLE_LIMIT", 4)
     with pytest.raises(RunFolderError, match=r"a line of more than 4 bytes"):
-        list(files.lines(path, limit=4))
+        list(files.lines(path))
 
 
 @pytest.mark.parametrize(

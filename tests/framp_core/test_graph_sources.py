@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 from torch_geometric.io import read_planetoid_data
 from torch_geometric.transforms import NormalizeFeatures
+from typer.testing import CliRunner
 
+from framp import cli
 from framp_core import memory
 from framp_core.config import DataConfig, GraphConfig
 from framp_core.data.graph import load_graph
@@ -446,24 +449,11 @@ def test_a_hostile_planetoid_file_runs_nothing(tmp_path):
     write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
     hostile = f"cos\nsystem\n(Vtouch {tmp_path / 'mark'}\ntR."
     (tmp_path / "Cora" / "raw" / "ind.cora.allx").write_text(hostile)
-    options = {"name": "cora", "root": tmp_path, "cache": tmp_path / "cache"}
-    command = [
-        sys.executable,
-        "-m",
-        "framp",
-        "data",
-        "inspect",
-        "-o",
-        "partition.scheme=metis",
-        "-o",
-        "model.name=gcn",
-        "-o",
-        "model.widths=8,8",
-    ]
-    command += [part for key, value in options.items() for part in ("-o", f"data.{key}={value}")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "asks for 'os.system'; only arrays" in " ".join(done.stderr.split())
+    options = {"data.name": "cora", "data.root": tmp_path, "data.cache": tmp_path / "cache"}
+    options |= {"partition.scheme": "metis", "model.name": "gcn", "model.widths": "8,8"}
+    arguments = [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
+    with pytest.raises(DataError, match=r"asks for 'os\.system'; only arrays"):
+        CliRunner().invoke(cli.app, ["data", "inspect", *arguments], catch_exceptions=False)
     assert not (tmp_path / "mark").exists()
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
@@ -484,6 +474,22 @@ def test_test_nodes_far_apart_take_no_memory(tmp_path):
     (tmp_path / "CiteSeer" / "raw" / "ind.citeseer.test.index").write_text(f"517\n{10**15}\n")
     with pytest.raises(DataError, match=r"names nodes 517 to 1000000000000000; reading it takes .* are free"):
         opened(tmp_path, "citeseer", tmp_path)
+
+
+def test_neighbours_that_many_nodes_share_take_no_memory(tmp_path, monkeypatch):
+    """A file of 40 kB in which 5,000 nodes have one list of 5,000 neighbours between them."""
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    shared = list(range(5000))
+    file = tmp_path / "Cora" / "raw" / "ind.cora.graph"
+    file.write_bytes(pickle.dumps(dict.fromkeys(shared, shared), protocol=2))
+    assert file.stat().st_size < 50_000
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**8)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="have 25000000 neighbours in all"):
+        opened(tmp_path, "cora", tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**8
 
 
 @pytest.mark.skipif("FRAMP_PLANETOID" not in os.environ, reason="FRAMP_PLANETOID is the folder around Cora/raw")

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -53,10 +51,10 @@ def test_inspect_says_what_of_a_messy_folder_is_read_and_what_is_not(tmp_path: P
     root = messy_folder.build(tmp_path / "D")
     options = ["data.name=image-folder", f"data.root={root}", f"data.cache={tmp_path / 'cache'}"]
     options += ["partition.clients=2", "partition.unseen-clients=0", "partition.scheme=iid"]
-    command = [sys.executable, "-m", "framp", "data", "inspect", *(part for each in options for part in ("-o", each))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "COLUMNS": "500"})
-    assert done.returncode == 0, done.stderr
-    rows = dict(line.strip("│ ").split("│", 1) for line in done.stdout.splitlines() if line.startswith("│"))
+    command = ["data", "inspect", *(part for each in options for part in ("-o", each))]
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "500"})
+    assert done.exit_code == 0, done.output
+    rows = dict(line.strip("│ ").split("│", 1) for line in done.output.splitlines() if line.startswith("│"))
     found = {key.strip(): value.strip() for key, value in rows.items()}
     assert found["train images"] == "24 (12 to 12 per class)"
     assert found["test images"] == "8 (4 to 4 per class)"
@@ -273,6 +271,7 @@ def test_a_class_may_be_called_train(plain: Path) -> None:
         (["val/a", "test/b"], r"has the folders 'val', 'test' alone; lay out train/<class>/"),
         (["Validation/a", "Validation/b"], r"has a folder 'Validation' alone"),
         (["a", "b", "test"], r"has a folder 'test' alone"),
+        (["valid", "invalid"], r"has a folder 'valid' alone; .* If it is a class, give it another name"),
         (["TRAIN", "TEST"], r"D/TRAIN' has 0 class folders; .* it holds 1 images itself"),
         (["train/a", "train/b", "VAL/a"], r"class 'b' is in 'train' and not in 'VAL'"),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 import framp_core.run_folder as module
+from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_fingerprint
@@ -197,6 +198,23 @@ def test_rewinding_cuts_what_comes_again_and_says_so(tmp_path: Path) -> None:
         with pytest.raises(RunFolderError, match=r"does not hold the \d+ bytes"):
             run.rewind(1, length)
     assert (run.path / "events.jsonl").read_bytes() == before
+
+
+def test_rewinding_removes_what_a_killed_process_left_of_a_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path / "run", CONFIG)
+    kept = {entry.name for entry in run.path.iterdir()}
+    for name in ("notes.tmp", "0123456789abcdef.tmp", "x.0123456789ABCDEF.tmp", "x.0123456789abcdef.tmp.txt"):
+        (run.path / name).touch()
+        kept.add(name)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda path: None)
+        with pytest.raises(KeyboardInterrupt), files.replacing(run.path / "report.html"):
+            raise KeyboardInterrupt
+    assert len(list(run.path.iterdir())) == len(kept) + 1
+    run.rewind(0, 0)
+    assert {entry.name for entry in run.path.iterdir()} - {"events.jsonl"} == kept
 
 
 def test_going_on_with_other_versions_is_said(
