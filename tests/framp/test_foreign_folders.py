@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from framp import cli
@@ -174,9 +174,9 @@ def test_a_nested_checkpoint_and_configuration_are_named(run: RunFolder) -> None
     (run.path / "checkpoints/round-000006/state.json").write_text("[]")
     with pytest.raises(RunFolderError, match=r"every checkpoint .* is damaged .*no object"):
         run.newest_checkpoint()
-    for text in ("a = " + "[" * 200_000, "rounds = " + "9" * 5000):
+    for text in ("a = " + "[" * 60_000, "rounds = " + "9" * 5000, "a." * 30_000 + "a = 1", "a" * 70_000):
         (run.path / "config.toml").write_text(text)
-        with pytest.raises(ConfigError, match=r"cannot be read as TOML"):
+        with pytest.raises(ConfigError, match=r"cannot be read as TOML|65,536 at most"):
             RunFolder.open(run.path)
 
 
@@ -216,6 +216,20 @@ def test_damaged_prototypes_are_named(run: RunFolder) -> None:
               run.path / "prototypes/round-000002.safetensors")  # fmt: skip
     with pytest.raises(RunFolderError, match=r"holds prototypes of \(3,\)"):
         run.prototypes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_prototypes_of_a_type_that_numpy_lacks_are_named(run: RunFolder, dtype: torch.dtype) -> None:
+    path = run.path / "prototypes/round-000001.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    assert "round-000001.safetensors' holds no prototypes" in framp("report", str(run.path))
+
+
+@pytest.mark.parametrize("name", ["round-abc", "round-", "round-\u00b2", "round-1_0"])
+def test_a_file_beside_the_prototypes_is_none_of_them(run: RunFolder, name: str) -> None:
+    shutil.copy(run.path / "prototypes/round-000001.safetensors", run.path / f"prototypes/{name}.safetensors")
+    assert CliRunner().invoke(cli.app, ["report", str(run.path)]).exit_code == 0
+    assert list(run.prototypes()) == [1]
 
 
 ANY: st.SearchStrategy[Any] = st.sampled_from(
