@@ -115,7 +115,7 @@ class _Priors(TypedDict):
 
 
 class _Layer(TypedDict):
-    name: str
+    name: Annotated[str, Field(max_length=200)]
     size: Count
 
 

@@ -398,7 +398,9 @@ class SubmodelStrategy(Strategy):
             self._begin(grid)
             known = known or dict(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
-        resized = self.registry.take_resized()
+        if resized := self.registry.take_resized():
+            now = {client.capacity for client in self.registry.clients.values()}
+            self.references.keep_sizes({*self.config.capacity.sizes, *now})
         joined = [each for name, each in self.registry.clients.items() if name not in known or name in resized]
         for name, client in self.registry.clients.items():
             if client is not known.get(name):

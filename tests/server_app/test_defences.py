@@ -21,6 +21,7 @@ from framp_core.errors import EngineError, ModelError
 from framp_core.report import write_report
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
+from server_app.strategies import STRATEGIES, SubmodelStrategy
 from tests.server_app.runs import Handler, app_with, final_theta
 
 Build = Callable[..., FrampConfig]
@@ -357,3 +358,20 @@ def test_a_capacity_of_many_digits_is_written_and_read_again(tiny: Build) -> Non
 
     run = run_with(tiny({**COHORT, "rounds": 1}), {}, app_with(describes=describes))
     assert str(Fraction(capacity)) in {row["capacity"] for row in run.json("summary.json")["rows"]}
+
+
+def test_sizes_that_a_client_had_once_are_forgotten(tiny: Build) -> None:
+    """One that tells a new capacity each time would else have the server keep a mask for each of them."""
+    strategies: list[SubmodelStrategy] = []
+
+    class Watched(STRATEGIES["framp"]):  # type: ignore[misc]
+        def summary(self) -> None:
+            strategies.append(self)
+
+    def hop(message: Message, context: Context) -> None:
+        context.node_config["capacity"] = f"1/{2 + int(message.content['config']['round'])}"  # type: ignore[arg-type, index]
+
+    config = tiny({**COHORT, "rounds": 6})
+    with InProcessGrid(changing(hop), config.partition.nodes, config.to_flat()) as grid:
+        serve(grid, config, Watched)
+    assert set(strategies[0].references._newest) <= {Fraction(1, 4), Fraction(1, 7), Fraction(1, 8)}
