@@ -17,7 +17,10 @@ from framp_core.errors import ConfigError
 Scalar = str | int | float | bool
 LONGEST_NUMBER = 100
 _LARGE_EXPONENT = re.compile(r"[eE][-+]?\d{4}")
-_LARGEST_FILE = 2**20
+_LARGEST_FILE = 2**16
+"""Bytes of a TOML file, 20 times the largest preset."""
+_MOST_DOTS = 1_000
+"""In a line of TOML, which reads a key such as a.a.a.a in time that grows with the square of its dots."""
 _NAMED = 3
 """Files that the message of a missing one names; it counts the others."""
 _DEEPEST = 9
@@ -160,7 +163,7 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
         what: it is, for messages.
 
     Raises:
-        ConfigError: it is missing, no plain file, larger than 1 MiB, not UTF-8, or is not TOML.
+        ConfigError: it is missing, no plain file, larger than 64 KiB, not UTF-8, or is not TOML.
     """
     try:
         _check_plain(path, what)
@@ -190,6 +193,8 @@ def _check_plain(path: Path, what: str) -> None:
 def _text(content: bytes) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
         raise ValueError("it is UTF-16 text or no text at all; save it as UTF-8")
+    if any(line.count(b".") > _MOST_DOTS for line in content.splitlines()):
+        raise ValueError(f"a line has more than {_MOST_DOTS:,} dots; keys are like local.learning-rate")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ a message may not have arrived.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,11 @@ class MaskReferences:
     def forget(self, client: str) -> None:
         """Rely on no reference at this client: its message may not have arrived, or it could not read it."""
         self._held.pop(client, None)
+
+    def keep_sizes(self, sizes: Collection[Hashable]) -> None:
+        """Forget the references of all others: a client that tells a new size each time must not fill the memory."""
+        self._kept = {size: kept for size, kept in self._kept.items() if size in sizes}
+        self._newest = {size: newest for size, newest in self._newest.items() if size in sizes}
 
     def _add(self, size: Hashable, reference: Reference) -> None:
         """Keep a new reference, and of the others those that someone holds, the latest first."""

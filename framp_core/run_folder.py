@@ -150,7 +150,6 @@ class RunFolder:
         """
         if not files.has_file(path / CONFIG):
             raise RunFolderError(f"{str(path)!r} is not a run folder: it holds no {CONFIG}; give the folder of a run")
-        files.read_bytes(path / CONFIG)  # Bounded and plain, before a reader of any file has it.
         return cls(path, FrampConfig.load(path / CONFIG))
 
     @contextmanager
@@ -501,7 +500,7 @@ def _prototypes(path: Path) -> dict[str, np.ndarray]:
         found = load_numpy(path)
         shared, local = (found[f"{of}.means"].shape for of in ("global", "local"))
         counts = [found[f"{of}.classes"].shape for of in ("global", "local")]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, *_MISFITS) as error:
         raise RunFolderError(f"{str(path)!r} holds no prototypes ({error}); restore it, or remove it") from error
     if len(shared) != 2 or counts != [shared[:1], local[:1]] or shared[1:] != local[1:]:
         raise RunFolderError(f"{str(path)!r} holds prototypes of {shared} and {local} for {counts}; restore it")

@@ -4,23 +4,33 @@ A run folder may be damaged, or come from somebody else. Keys that no schema nam
 """
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from framp_core.config_values import LONGEST_NUMBER
-from framp_core.errors import RunFolderError
+from framp_core.config_values import parse_capacity
+from framp_core.errors import ConfigError, RunFolderError
 from framp_core.metrics import COLUMNS, MEAN, Moment, Population, Role
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Round = Annotated[int, Field(ge=0, le=2**31)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Capacity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(/0*[1-9][0-9]*)?\z", max_length=LONGEST_NUMBER)]
-"""As a run's configuration may hold it, see :func:`framp_core.config_values.parse_capacity`."""
+
+
+@lru_cache(maxsize=1024)
+def _is_capacity(text: str) -> str:
+    try:
+        parse_capacity(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Capacity = Annotated[str, AfterValidator(_is_capacity)]
 
 
 class _Refusal(TypedDict):
@@ -105,7 +115,7 @@ class _Priors(TypedDict):
 
 
 class _Layer(TypedDict):
-    name: str
+    name: Annotated[str, Field(max_length=200)]
     size: Count
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -163,6 +163,7 @@ class ClientRegistry:
         self._news: list[Refusal] = []
         self._resized: set[str] = set()
         self._largest: dict[str, int] = {}
+        self._smallest = Fraction(0)
         self.clients: dict[str, ClientRecord] = {}
 
     @property
@@ -235,10 +236,13 @@ class ClientRegistry:
 
         Raises:
             ConfigError: it is no capacity.
+            ProtocolError: it is too small for the network.
         """
         known = self.clients[name]
         if capacity is not None and parse_capacity(capacity) != known.capacity:
-            self._know(replace(known, capacity=parse_capacity(capacity)))
+            resized = replace(known, capacity=parse_capacity(capacity))
+            self._check_capacity(resized)
+            self._know(resized)
 
     def take_resized(self) -> set[str]:
         """Names of the clients whose capacity has changed since the last call."""
@@ -275,10 +279,19 @@ class ClientRegistry:
             EngineError: all known clients are refused.
         """
         self._largest = dict(largest)
-        for _, client in sorted(self.clients.items()):
-            with self._dropping(client):
-                self._check_counts(client)
-        self._require_one()
+        self._drop_where(self._check_counts)
+
+    def limit_capacity(self, smallest: Fraction) -> None:
+        """Refuse clients, known ones and those to come, of whose submodel nothing would be left.
+
+        Args:
+            smallest: capacity that is taken.
+
+        Raises:
+            EngineError: all known clients are refused.
+        """
+        self._smallest = smallest
+        self._drop_where(self._check_capacity)
 
     def require(self, grid: Grid, count: int) -> None:
         """Look for new nodes, then wait until at least ``count`` clients that train are connected.
@@ -382,6 +395,19 @@ class ClientRegistry:
             self._described.discard(client.node_id)
             self._refuse(Refusal.of(str(client.node_id), error))
 
+    def _drop_where(self, check: Callable[[ClientRecord], None]) -> None:
+        for _, client in sorted(self.clients.items()):
+            with self._dropping(client):
+                check(client)
+        self._require_one()
+
+    def _check_capacity(self, client: ClientRecord) -> None:
+        if client.capacity < self._smallest:
+            raise ProtocolError(
+                f"capacity {client.capacity} of {client.name} leaves nothing of the network; give it {self._smallest} "
+                f"or more"
+            )
+
     def _check_counts(self, client: ClientRecord) -> None:
         for name, count in (("train", client.train_examples), *client.tests.items()):
             if count > self._largest.get(name, MAX_EXAMPLES):
@@ -392,6 +418,7 @@ class ClientRegistry:
 
     def _check(self, new: ClientRecord) -> None:
         self._check_counts(new)
+        self._check_capacity(new)
         holder = self.clients.get(new.name)
         if holder is not None and holder.node_id != new.node_id and holder.node_id in self._online:
             raise ProtocolError(f"two connected nodes call themselves {new.name!r}; give each its own client-name")

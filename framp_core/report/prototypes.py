@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 
 Snapshot = Mapping[str, np.ndarray]
@@ -21,11 +22,25 @@ CAPTION = (
     "dimensions; below 1 the classes stand apart."
 )
 _NAMED_CLASSES = 10
+_MOST_CLASSES = 2**12
+"""With a global prototype: their distances take 64 MiB."""
+_MOST_WORK = 2**36
+"""Rows times width times the smaller of the two: 100 clients of 1,000 classes and 512 features take 2**35, 10 s."""
 
 
 def drawable(snapshots: Mapping[int, Snapshot]) -> bool:
-    """Whether there is something to see: two rounds, each with prototypes of two classes in two dimensions."""
-    return len(snapshots) > 1 and all(min(_finite(each)["global.means"].shape) > 1 for each in snapshots.values())
+    """Whether there is something to see: two rounds, each with prototypes of two classes in two dimensions, not more
+    of them than components are found of in reasonable time.
+    """
+    return len(snapshots) > 1 and all(
+        _is_small(each) and min(_finite(each)["global.means"].shape) > 1 for each in snapshots.values()
+    )
+
+
+def _is_small(snapshot: Snapshot) -> bool:
+    classes, rows = len(snapshot["global.means"]), len(snapshot["global.means"]) + len(snapshot["local.means"])
+    width: int = snapshot["global.means"].shape[1]
+    return classes <= _MOST_CLASSES and rows * width * min(rows, width) <= _MOST_WORK
 
 
 def _finite(snapshot: Snapshot) -> Snapshot:
@@ -77,8 +92,7 @@ def spread(snapshot: Snapshot) -> float:
     snapshot = _finite(snapshot)
     means, local = snapshot["global.means"], snapshot["local.means"]
     own = np.searchsorted(snapshot["global.classes"], snapshot["local.classes"])
-    pairs = np.triu_indices(len(means), 1)
-    between = np.linalg.norm(means[pairs[0]] - means[pairs[1]], axis=1).mean()
+    between = pdist(means).mean()
     if not len(local) or not between:
         return math.nan
     return float(np.linalg.norm(local - means[own], axis=1).mean() / between)

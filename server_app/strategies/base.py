@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import ClassVar
 
@@ -365,6 +366,7 @@ class SubmodelStrategy(Strategy):
         self._know_partition()
         with self.run.restoring():
             self._rebuild(checkpoint, client)
+        self._limit_capacity()
         self._empty_rounds, self.defence.agreements = saved["empty-rounds"], dict(saved["agreements"])
         self.defence.sizes = dict(saved["prototype-sizes"])
         self.run.rewind(checkpoint.round, saved["events-bytes"])
@@ -396,7 +398,9 @@ class SubmodelStrategy(Strategy):
             self._begin(grid)
             known = known or dict(self.registry.clients)
         self.registry.require(grid, self.config.server.minimum_replies)
-        resized = self.registry.take_resized()
+        if resized := self.registry.take_resized():
+            now = {client.capacity for client in self.registry.clients.values()}
+            self.references.keep_sizes({*self.config.capacity.sizes, *now})
         joined = [each for name, each in self.registry.clients.items() if name not in known or name in resized]
         for name, client in self.registry.clients.items():
             if client is not known.get(name):
@@ -434,11 +438,16 @@ class SubmodelStrategy(Strategy):
             self.registry.limit(largest_counts(known[1]))
         return known
 
+    def _limit_capacity(self) -> None:
+        """A client must not end the run with a capacity that leaves nothing; that of a configured size is said then."""
+        if not self.slim and self.config.extraction.name != "full":
+            self.registry.limit_capacity(min(Fraction(1, self.layout.maskable_size), *self.config.capacity.sizes))
+
     def _start(self) -> None:
         nodes, wanted, known = self.registry.expected, self.config.partition.nodes, self._know_partition()
-        clients = sorted(self.registry.clients.values(), key=lambda client: client.name)
-        first = clients[0]
+        first = self.registry.clients[min(self.registry.clients)]
         facts = self._build(first)
+        self._limit_capacity()
         if nodes != wanted:
             logger.warning(
                 "the data are partitioned over %d nodes, the configuration asks for %d; to get them: "
@@ -452,7 +461,7 @@ class SubmodelStrategy(Strategy):
             "start",
             0,
             self.registry.take_refusals(),
-            clients=client_rows(clients),
+            clients=client_rows(self.registry.clients.values()),
             expected_clients=nodes,
             parameters=self.layout.size,
             maskable=self.layout.maskable_size,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from framp_core.config import FrampConfig
 from framp_core.prototypes import Prototypes
-from framp_core.report.prototypes import draw_prototypes, drawable, spread
+from framp_core.report.prototypes import _is_small, draw_prototypes, drawable, spread
 from framp_core.run_folder import RunFolder
 
 
@@ -119,3 +119,16 @@ def test_the_spread_does_not_depend_on_the_scale() -> None:
 
 def test_nothing_finite_is_not_drawn() -> None:
     assert not drawable({2: spoilt(global_means=[(slice(1, None), np.nan)]), 9: snapshot([0, 1])})
+
+
+def test_what_would_take_minutes_is_not_drawn() -> None:
+    """A folder of 240 MB can ask for any of the first two; the last is what 100 clients of ImageNet's classes have."""
+
+    def of(classes: int, width: int, local: int) -> dict[str, np.ndarray]:
+        shapes = {"global.classes": (classes,), "global.means": (classes, width)}
+        shapes |= {"local.classes": (local,), "local.means": (local, width)}
+        return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+    for classes, width, local in ((3_000, 10_000, 1), (30_000, 8, 1)):
+        assert not drawable({1: of(2, 2, 2), 2: of(classes, width, local)})
+    assert _is_small(of(1_000, 512, 100_000))

@@ -1,6 +1,7 @@
 """Whole runs with clients that lie, fail, or change their size."""
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from framp_core.codec.frame import UPDATE, pack, unpack
 from framp_core.codec.prototypes import decode_prototypes, encode_prototypes
 from framp_core.config import FrampConfig
 from framp_core.config_values import Scalar
-from framp_core.errors import EngineError
+from framp_core.errors import EngineError, ModelError
 from framp_core.report import write_report
 from framp_core.run_folder import RunFolder
 from server_app.app import serve
-from tests.server_app.runs import app_with, final_theta
+from server_app.strategies import STRATEGIES, SubmodelStrategy
+from tests.server_app.runs import Handler, app_with, final_theta
 
 Build = Callable[..., FrampConfig]
 DEFENCES: dict[str, Scalar] = {
@@ -313,3 +315,64 @@ def test_who_registers_with_more_examples_than_the_partition_has_is_refused(tiny
     assert "client-0001 registers with 2147483648 local examples" in errors[0]
     assert "client-0002 registers with 2147483648 validation examples" in errors[1]
     assert [len(clients) for clients in rows(run)] == [4]
+
+
+@pytest.mark.parametrize("capacity", ["1/" + "9" * 60, "1e-90", "1/1000001"])
+@pytest.mark.parametrize("first_in", ["describe", "train", "evaluate"])
+def test_a_capacity_that_leaves_nothing_ends_no_run(tiny: Build, capacity: str, first_in: str) -> None:
+    """No submodel of it can be cut: the client is refused, by name and with what it needs, and the others go on."""
+
+    def telling(kind: str, handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            reply = handler(message, context)
+            if context.node_config["partition-id"] == 1 and kind == first_in:
+                reply.content["client" if kind == "describe" else "framp"]["capacity"] = capacity  # type: ignore[index]
+            return reply
+
+        return handle
+
+    handlers = [
+        telling(kind, each) for kind, each in (("train", train), ("evaluate", evaluate), ("describe", describe))
+    ]
+    run = run_with(tiny({**COHORT, "rounds": 2, "evaluation.every": 1}), {}, app_with(*handlers))
+    refused = [row for event in run.events() for row in event.get("refused", [])]
+    assert {row["client"] for row in refused} == {"node 1001" if first_in == "describe" else "client-0001"}
+    assert all(f"capacity {Fraction(capacity)} of client-0001 leaves nothing" in row["error"] for row in refused)
+    assert len(refused) == (1 if first_in == "describe" else 2)
+    assert {row["capacity"] for row in run.json("summary.json")["rows"]} == {"1/4", "1", "mean"}
+    assert [len(clients) for clients in rows(run)] == [6 if first_in == "evaluate" else 5] * 2
+
+
+def test_a_configured_size_that_leaves_nothing_is_said_at_the_start(tiny: Build) -> None:
+    with pytest.raises(ModelError, match=r"capacity 1/9999 of \d+ maskable weights leaves none"):
+        run_with(tiny({**COHORT, "capacity.sizes": "1/9999,1"}), {}, client_app)
+
+
+def test_a_capacity_of_many_digits_is_written_and_read_again(tiny: Build) -> None:
+    """The longest that is taken: the run's own record of it is no damaged file."""
+    capacity = "0." + "1" * 48
+
+    def describes(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            context.node_config["capacity"] = capacity
+        return describe(message, context)
+
+    run = run_with(tiny({**COHORT, "rounds": 1}), {}, app_with(describes=describes))
+    assert str(Fraction(capacity)) in {row["capacity"] for row in run.json("summary.json")["rows"]}
+
+
+def test_sizes_that_a_client_had_once_are_forgotten(tiny: Build) -> None:
+    """One that tells a new capacity each time would else have the server keep a mask for each of them."""
+    strategies: list[SubmodelStrategy] = []
+
+    class Watched(STRATEGIES["framp"]):  # type: ignore[misc]
+        def summary(self) -> None:
+            strategies.append(self)
+
+    def hop(message: Message, context: Context) -> None:
+        context.node_config["capacity"] = f"1/{2 + int(message.content['config']['round'])}"  # type: ignore[arg-type, index]
+
+    config = tiny({**COHORT, "rounds": 6})
+    with InProcessGrid(changing(hop), config.partition.nodes, config.to_flat()) as grid:
+        serve(grid, config, Watched)
+    assert set(strategies[0].references._newest) <= {Fraction(1, 4), Fraction(1, 7), Fraction(1, 8)}
