@@ -10,11 +10,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that a process can still take: what the machine has free, within what the container may use."""
+    """Bytes that a process can still take: what the machine has free, within what the container may use.
+
+    Files that were read stay in memory until it is needed, and a container counts them as used.
+    """
     free: int = psutil.virtual_memory().available
     try:
-        limit, used = ((_CGROUP / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
+        limit, used, stat = (
+            (_CGROUP / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        kept = int(dict(line.split() for line in stat.splitlines()).get("inactive_file", 0))
+        return free if limit == "max" else min(free, int(limit) - int(used) + kept)
     except OSError:
         return free
 

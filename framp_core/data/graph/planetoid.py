@@ -63,6 +63,8 @@ def _edges(graph: object) -> np.ndarray:
     """From each node to its neighbours, int64 ``(2, E)``."""
     if not isinstance(graph, dict) or not all(isinstance(ends, list) for ends in graph.values()):
         raise ValueError("expected lists of neighbours")
+    edges = sum(map(len, graph.values()))  # A small pickle may name one long list many times.
+    require_memory(100 * edges, f"its nodes have {edges:,} neighbours")
     sources = np.repeat(np.array(list(graph), dtype=np.int64), [len(ends) for ends in graph.values()])
     targets = np.array([node for ends in graph.values() for node in ends], dtype=np.int64)
     return np.stack([sources, targets])
