@@ -647,13 +647,15 @@ def test_a_header_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
     """A few hundred kB that unpack to one header of 200 MB."""
     write_npz(tmp_path / "g.npz", {name: array for name, array in ARRAYS.items() if name != "x"})
     length = 2 * 10**8
-    with zipfile.ZipFile(tmp_path / "g.npz", "a", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("x.npy", "w") as entry:
-            entry.write(b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little"))
-            for _ in range(200):
-                entry.write(b" " * 10**6)
+    with (
+        zipfile.ZipFile(tmp_path / "g.npz", "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w") as entry,
+    ):
+        entry.write(b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little"))
+        for _ in range(200):
+            entry.write(b" " * 10**6)
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"g\.npz' cannot be read \(EOF: reading array header, expected 200000000 bytes"):
+    with pytest.raises(DataError, match=r"g\.npz' cannot be read \(EOF: reading array header, expected 200000000"):
         opened(tmp_path, "graph-file", tmp_path / "g.npz")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

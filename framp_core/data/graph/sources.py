@@ -297,10 +297,14 @@ def _file(path: Path, own_split: bool) -> RawGraph:
             f"{', '.join(map(repr, missing))}; expected arrays 'x', 'edge_index' and 'y': {_HOW_TO_SAVE}"
         )
     names = arrays.get(_NAMES)
-    named = None if names is None else tuple(map(str, names.ravel()))
+    named = None if names is None else tuple(map(_name, names.ravel().tolist()))
     split = split_of(arrays, len(arrays["x"]), repr(str(path))) if own_split else None
     unread = tuple(name for name in held if name not in (*wanted, _NAMES))
     return RawGraph(arrays["x"], arrays["edge_index"], arrays["y"], named, split, unread)
+
+
+def _name(given: object) -> str:
+    return given.decode() if isinstance(given, bytes) else str(given)
 
 
 def _npz(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
