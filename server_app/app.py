@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from framp_core.config import FrampConfig
+from framp_core.data import require_output_outside
 from framp_core.report import finish, plain_lines, write_report
 from framp_core.run_folder import ENVIRONMENT, LOG, RunFolder
 from framp_core.run_log import about, run_log
@@ -31,10 +32,12 @@ def open_run(config: FrampConfig) -> RunFolder:
     """A new run folder, or the one that ``output.resume`` names.
 
     Raises:
+        DataError: the new one would lie among the images that are read.
         RunFolderError: the new one exists, or the old one is not a run folder.
     """
     if config.output.resume:
         return RunFolder(RunFolder.open(Path(config.output.resume)).path, config)
+    require_output_outside(config)
     folder = Path(config.output.folder) if config.output.folder else default_run_folder(config)
     return RunFolder.create(folder, config)
 

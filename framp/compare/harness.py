@@ -12,6 +12,7 @@ from framp.compare.report import MARKDOWN, Compared, print_comparison, write_com
 from framp.compare.results import Results
 from framp.compare.runner import Failure, execute
 from framp.compare.tuning import Tuning, TuningPlan, tune
+from framp_core.data import require_output_outside
 from framp_core.errors import EngineError, RunFolderError
 
 
@@ -56,9 +57,10 @@ def carry_out(
 
     Raises:
         ConfigError: the settings of a run are invalid; then nothing is started.
+        DataError: the folder lies among the images that are read.
         RunFolderError: a run's folder holds something else, or another process works on this comparison.
     """
-    comparison.runs()
+    require_output_outside(comparison.runs()[0].config)
     with _alone(comparison.out):
         tuning = tune(comparison, plan, workers, console) if isinstance(plan, TuningPlan) else plan
         tried = list(tuning.failures) if tuning and tuning is not plan else []

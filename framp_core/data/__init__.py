@@ -1,6 +1,6 @@
 """Images and graphs, their partition over clients, and what one client sees of them."""
 
-from framp_core.data.client_data import load_client, load_partition, warn_of_notes
+from framp_core.data.client_data import load_client, load_partition, require_output_outside, warn_of_notes
 from framp_core.data.examples import ClientData, Examples
 from framp_core.data.facts import DataFacts
 from framp_core.data.images import LabelledImages, own_client
@@ -26,6 +26,7 @@ __all__ = [
     "load_partition",
     "make_partition",
     "own_client",
+    "require_output_outside",
     "summarise_data",
     "warn_of_notes",
 ]

@@ -27,12 +27,16 @@ def cache_root(folder: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framp"
 
 
-def file_stamps(root: Path, files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name below ``root``, size in bytes and modification time in nanoseconds of each file."""
+def file_stamps(root: Path, files: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """Name below ``root``, size in bytes, and the nanoseconds of its last modification and last change of each file.
+
+    What unpacks or copies files may give many of them one time of modification, and uncompressed images of one shape
+    have one size; the time of change no program can set, and it changes when a file is moved onto the name of another.
+    """
     stamps = []
     for file in files:
         status = file.stat()
-        stamps.append((str(file.relative_to(root)), status.st_size, status.st_mtime_ns))
+        stamps.append((str(file.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return stamps
 
 
@@ -74,6 +78,8 @@ def cached(folder: str, identity: Mapping[str, Any], build: Callable[[Path], Non
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{target.name}.lock"):
             if not target.is_dir():
+                for left in root.glob(f"{target.name}.partial-*"):  # Of a process that was killed: here is the lock.
+                    shutil.rmtree(left, ignore_errors=True)
                 _build(target, build)
     except OSError as error:
         raise DataError(

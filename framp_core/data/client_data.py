@@ -1,10 +1,12 @@
 """From a configuration to what each client holds, whatever the kind of data."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framp_core.config import GRAPH_DATA, FrampConfig
 from framp_core.data.examples import ClientData
+from framp_core.data.image_folder import require_outside
 from framp_core.data.images import image_client, image_partition
 from framp_core.data.partition import Partition
 from framp_core.data.sources import ImageData
@@ -34,6 +36,16 @@ def load_partition(config: FrampConfig, partitions: int) -> "tuple[ImageData | G
 
         return load_graph_partition(config, partitions)
     return image_partition(config, partitions)
+
+
+def require_output_outside(config: FrampConfig) -> None:
+    """Check that a run is not written where its own images are read, :func:`require_outside`, before it is begun.
+
+    Raises:
+        DataError: it would be.
+    """
+    if config.data.name == "image-folder" and config.data.root and config.output.folder:
+        require_outside(Path(config.data.root), Path(config.output.folder), "the run folder")
 
 
 def warn_of_notes(data: "ImageData | GraphData") -> dict[str, str]:

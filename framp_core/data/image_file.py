@@ -23,6 +23,7 @@ PAPER = (255, 255, 255, 255)
 
 FRAMES = "with several frames, of which the first"
 TRANSPARENT = "with transparent parts, laid on white"
+WARNED = "with damaged or unusual metadata"
 
 
 class Wanted(NamedTuple):
@@ -57,7 +58,7 @@ def read_image(
         path: of the file.
         image_size: side of the square that is cut from its centre after scaling; 0 keeps its own size.
         wanted: the size that it must have, without an ``image_size``.
-        seen: counts what was done to the image, :data:`FRAMES` and :data:`TRANSPARENT`.
+        seen: counts what was done to the image, :data:`FRAMES` and :data:`TRANSPARENT`, and :data:`WARNED`.
 
     Returns:
         An image of mode ``L`` if it is grey, ``RGB`` otherwise.
@@ -70,8 +71,9 @@ def read_image(
     try:
         if not os.path.getsize(path):
             raise OSError("it has 0 bytes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # A warning is counted, or there would be one on the screen for each image.
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             with Image.open(path, formats=_readers()) as image:
                 _check_size(image, path, image_size, wanted)
                 seen[FRAMES] += bool(getattr(image, "is_animated", False))
@@ -79,6 +81,7 @@ def read_image(
                 ImageOps.exif_transpose(image, in_place=True)
                 _check_depth(image, path)
                 upright = _plain(image, seen)
+        seen[WARNED] += any(issubclass(each.category, UserWarning) for each in warned)
     except DataError:
         raise
     except Image.DecompressionBombError as error:

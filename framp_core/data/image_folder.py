@@ -4,8 +4,10 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from framp_core.data.image_file import image_extensions
 from framp_core.errors import DataError
@@ -36,7 +38,8 @@ class ImageFolder(NamedTuple):
     """What was found in a folder.
 
     Attributes:
-        classes: name of each label.
+        classes: name of each label: that of its folder in Unicode's normal form C, in which Linux, macOS and what
+            packs files spell a name alike.
         train: images of the train folder; all images where there is no split.
         test: images of the test folder; None where there is no split.
         notes: what the user should know, such as :data:`LEFT_OUT`, by a word on what it is about.
@@ -113,15 +116,39 @@ def read_client_folder(root: Path, class_names: Sequence[str]) -> ImageFolder:
     split = {} if reader is None else reader.split(test=False)
     if reader is None or "train" not in split:
         raise DataError(f"{str(root)!r} has no folder 'train'; put the client's images into train/CLASS/")
-    labels = {name: label for label, name in enumerate(class_names)}
+    labels = {normalize("NFC", name): label for label, name in enumerate(class_names)}
     listings: dict[str, Listing] = {}
     for role, entry in split.items():
         part = reader.classes(entry, role, least=0)
-        _refuse_unknown(entry, part, class_names)
+        _refuse_unknown(entry, part, list(labels))
         found = [(path, labels[name]) for name, paths in part.items() for path in paths]
         listings[role] = sorted(found, key=lambda image: (image[1], image[0]))
     reader.refuse_shared()
     return ImageFolder(list(class_names), listings["train"], listings.get("test", []), reader.notes())
+
+
+def require_outside(root: Path, folder: Path, what: str) -> None:
+    """Check that what is written does not become data itself, at the latest for the next one who reads them.
+
+    Args:
+        root: of a folder of images; that there is none is for others to say.
+        folder: that is written to; it need not exist.
+        what: names it in the message.
+
+    Raises:
+        DataError: it lies where folders are classes, and files images of them.
+    """
+    root, folder = root.resolve(), folder.resolve()
+    if not root.is_dir() or not folder.is_relative_to(root):
+        return
+    below = folder.relative_to(root).parts
+    used = {entry.name for entry in _Reader(root).split(test=False).values()}
+    if any(map(_is_hidden, below)) or (used and below and below[0] not in used):
+        return
+    raise DataError(
+        f"{what} {str(folder)!r} lies in data.root {str(root)!r}, where a folder is a class and what it holds would be "
+        f"read as images of it; choose a folder elsewhere"
+    )
 
 
 class _Reader:
@@ -189,14 +216,16 @@ class _Reader:
         look = _look(folder.path)
         self._left_out += look.left_out
         self._left_out[_LOOSE, ""] += len(look.images)
+        named = sorted((normalize("NFC", entry.name), entry) for entry in look.folders)
+        _refuse_twins(folder, named)
         if len(look.folders) < least:
             raise DataError(
                 f"{folder.path!r} has {len(look.folders)} class folders; expected two or more, each with the images "
                 f"of one class{_advice(look)}"
             )
         return {
-            entry.name: [image.path for image in self._walk(entry) if self._claim(image, split, entry.name)]
-            for entry in look.folders
+            name: [image.path for image in self._walk(entry) if self._claim(image, split, name)]
+            for name, entry in named
         }
 
     def _walk(self, folder: _Entry) -> list[_Entry]:
@@ -378,6 +407,15 @@ def _refuse_folders_only(folder: _Entry, look: _Look) -> None:
         f"folder to give is the one that holds the class folders, or train and test folders around them: {advice}. "
         f"If it is a class, move its images up into it"
     )
+
+
+def _refuse_twins(folder: _Entry, named: Sequence[tuple[str, _Entry]]) -> None:
+    for (name, entry), (other, twin) in pairwise(named):
+        if name == other:
+            raise DataError(
+                f"{folder.path!r} has two folders {name!r}, in two spellings of Unicode ({entry.name!a} and "
+                f"{twin.name!a}); put the images of that class into one of them"
+            )
 
 
 def _refuse_different(root: Path, classes: Mapping[str, set[str]]) -> None:

@@ -12,6 +12,7 @@ from framp_core.data.client_data import load_client, load_partition
 from framp_core.data.partition import Partition
 from framp_core.data.shift import ConceptShift, FeatureShift
 from framp_core.data.sources import ImageData
+from framp_core.foreign_text import printable
 
 if TYPE_CHECKING:
     from framp_core.data.graph import GraphData
@@ -177,7 +178,7 @@ def _rows(config: FrampConfig, names: tuple[str, ...], partition: Partition) -> 
 
 def _most_frequent(counts: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     order = np.argsort(-counts, kind="stable")[:3]
-    return tuple((names[index], float(counts[index] / counts.sum())) for index in order if counts[index])
+    return tuple((printable(names[index]), float(counts[index] / counts.sum())) for index in order if counts[index])
 
 
 def shares_text(shares: Sequence[tuple[str, float]], width: int) -> str:

@@ -1,5 +1,6 @@
 """Image data sets as memory-mapped uint8 arrays: digits, CIFAR, or a folder of the user's own images."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,9 +16,9 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from framp_core.config import DataConfig
-from framp_core.data.cache import cached, content_digest, file_stamps, names_digest
-from framp_core.data.image_file import FRAMES, TRANSPARENT, Wanted, channels_first, read_image, resized
-from framp_core.data.image_folder import Listing, read_client_folder, read_image_folder, several
+from framp_core.data.cache import cache_root, cached, content_digest, file_stamps, names_digest
+from framp_core.data.image_file import FRAMES, TRANSPARENT, WARNED, Wanted, channels_first, read_image, resized
+from framp_core.data.image_folder import Listing, read_client_folder, read_image_folder, require_outside, several
 from framp_core.data.transforms import PUBLISHED, Normaliser
 from framp_core.errors import DataError, RunFolderError
 from framp_core.files import read_json
@@ -163,6 +164,7 @@ def _cifar(config: DataConfig, root: Path) -> ImageData:
 
 
 def _image_folder(config: DataConfig, root: Path, seed: int) -> ImageData:
+    require_outside(root, cache_root(config.cache), "data.cache")
     lacking = config.name == OWN_IMAGES
     identity: dict[str, Any] = {"name": config.name, "root": str(root), "image-size": config.image_size}
     classes, train, test, notes = read_image_folder(root, lacking)
@@ -211,7 +213,8 @@ def load_own_images(root: Path, shape: tuple[int, ...], class_names: Sequence[st
     folder = read_client_folder(root, class_names)
     seen: Counter[str] = Counter()
     pools = [_client_pool(listing, shape, image_size, seen) for listing in (folder.train, folder.test or [])]
-    return ClientImages(pools[0], pools[1], {**folder.notes, **_decoding_notes(seen)})
+    notes = {**folder.notes, **_decoding_notes(seen), **_copies(pools[0][0], pools[1][0])}
+    return ClientImages(pools[0], pools[1], notes)
 
 
 def _client_pool(
@@ -269,7 +272,8 @@ def _decode(folder: Path, listings: Sequence[Listing], classes: Sequence[str], i
             file = folder / f"{split}_images.npy"
             np.save(file, np.ascontiguousarray(np.load(file, mmap_mode="r")[:, :1]))
     _save_facts(folder, classes)
-    (folder / _NOTES).write_text(json.dumps(_decoding_notes(seen)), encoding="utf-8")
+    notes = {**_decoding_notes(seen), **_copies(*(np.load(folder / f"{split}_images.npy", "r") for split in _SPLITS))}
+    (folder / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
 
 
 def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
@@ -283,8 +287,15 @@ def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
 
 
 def _decoding_notes(seen: Counter[str]) -> dict[str, str]:
-    done = [f"{seen[what]:,} {what}" for what in (TRANSPARENT, FRAMES) if seen[what]]
+    done = [f"{seen[what]:,} {what}" for what in (TRANSPARENT, FRAMES, WARNED) if seen[what]]
     return {"read as": "; ".join(done)} if done else {}
+
+
+def _copies(train: np.ndarray, test: np.ndarray) -> dict[str, str]:
+    """A note on test images that are training images, too, under whatever name."""
+    known = {hashlib.sha256(image.tobytes()).digest() for image in train}
+    count = sum(hashlib.sha256(image.tobytes()).digest() in known for image in test)
+    return {"copies": f"{count:,} of {len(test):,} test images are training images, too, to the pixel"} if count else {}
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
@@ -346,7 +357,7 @@ def _open(folder: Path) -> ImageData:
             for kind in ("images", "labels")
         )
         facts = read_json(folder / "facts.json")
-        notes = read_json(folder / _NOTES) if (folder / _NOTES).is_file() else {}
+        notes = dict(read_json(folder / _NOTES)) if (folder / _NOTES).is_file() else {}
         normaliser = Normaliser(tuple(facts["mean"]), tuple(facts["std"]))
         names, digests = tuple(facts["class_names"]), dict(facts["digests"])
     except (OSError, ValueError, KeyError, TypeError, RunFolderError) as error:

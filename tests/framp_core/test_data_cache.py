@@ -1,3 +1,4 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
@@ -68,6 +69,31 @@ def test_stamps_change_with_a_file(tmp_path):
     file.parent.mkdir()
     file.write_bytes(b"123")
     before = file_stamps(tmp_path, [file])
-    assert before == [("a/x.png", 3, file.stat().st_mtime_ns)]
+    assert before == [("a/x.png", 3, file.stat().st_mtime_ns, file.stat().st_ctime_ns)]
     file.write_bytes(b"1234")
     assert file_stamps(tmp_path, [file]) != before
+
+
+def test_stamps_change_where_two_files_of_one_size_and_time_change_places(tmp_path):
+    """As of uncompressed images of one shape that came out of one archive."""
+    files = [tmp_path / name for name in ("x.bmp", "y.bmp")]
+    for file in files:
+        file.write_bytes(file.name.encode())
+        os.utime(file, (10**9, 10**9))
+    before = file_stamps(tmp_path, files)
+    assert {stamp[1:3] for stamp in before} == {(5, 10**18)}
+    sleep(0.05)  # Longer than the tick of the file system's clock.
+    files[0].rename(tmp_path / "z")
+    files[1].rename(files[0])
+    (tmp_path / "z").rename(files[1])
+    assert [stamp[:3] for stamp in file_stamps(tmp_path, files)] == [stamp[:3] for stamp in before]
+    assert file_stamps(tmp_path, files) != before
+
+
+def test_what_a_killed_build_has_left_is_removed(tmp_path):
+    target = cached(str(tmp_path), {"name": "a"}, lambda folder: None)
+    target.rename(tmp_path / f"{target.name}.partial-killed")
+    (tmp_path / f"{target.name}.partial-killed" / "half").touch()
+    (tmp_path / "another.partial-x").mkdir()
+    assert cached(str(tmp_path), {"name": "a"}, lambda folder: None) == target
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, f"{target.name}.lock", "another.partial-x"}

@@ -646,3 +646,35 @@ def test_a_table_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monke
     monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**6)
     with pytest.raises(DataError, match=rf"{table}\.csv\.gz' unpacks to 0\.00.* GB or more; reading it takes"):
         opened(tmp_path, "ogbn-arxiv", tmp_path)
+
+
+def test_a_header_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
+    """A few hundred kB that unpack to one header of 200 MB."""
+    write_npz(tmp_path / "g.npz", {name: array for name, array in ARRAYS.items() if name != "x"})
+    length = 2 * 10**8
+    with (
+        zipfile.ZipFile(tmp_path / "g.npz", "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w") as entry,
+    ):
+        entry.write(b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little"))
+        for _ in range(200):
+            entry.write(b" " * 10**6)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"g\.npz' cannot be read \(EOF: reading array header, expected 200000000"):
+        opened(tmp_path, "graph-file", tmp_path / "g.npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+def test_neighbours_that_are_one_list_many_times_take_no_memory(tmp_path, monkeypatch):
+    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
+    neighbours = list(range(500))
+    file = tmp_path / "Cora" / "raw" / "ind.cora.graph"
+    file.write_bytes(pickle.dumps(dict.fromkeys(range(500), neighbours), protocol=2))
+    assert file.stat().st_size < 10**4
+    assert len(opened(tmp_path, "cora", tmp_path)) == NODES
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 10**7)
+    file.write_bytes(pickle.dumps(dict.fromkeys(range(501), neighbours), protocol=2))
+    with pytest.raises(DataError, match=r"its nodes have 250,500 neighbours; reading it takes 0\.025 GB"):
+        opened(tmp_path, "cora", tmp_path)

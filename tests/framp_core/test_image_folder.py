@@ -17,7 +17,7 @@ from framp import cli
 from framp_core.config import DataConfig, FrampConfig
 from framp_core.data import image_file, sources, warn_of_notes
 from framp_core.data.image_file import read_image
-from framp_core.data.image_folder import SPLITS, read_client_folder, read_image_folder
+from framp_core.data.image_folder import SPLITS, read_client_folder, read_image_folder, require_outside
 from framp_core.data.sources import ImageData, load_images, load_own_images
 from framp_core.errors import ConfigError, DataError
 from tests import messy_folder
@@ -587,3 +587,133 @@ def test_a_folder_that_cannot_be_listed_is_named(plain: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"a/inner' cannot be read \(Permission denied\)"):
         load(plain)
+
+
+# --- names as other systems write them --------------------------------------------------------------------------------
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_a_class_is_one_class_in_both_spellings_of_unicode(tmp_path: Path) -> None:
+    """What a Mac has packed holds names in normal form D."""
+    for number in range(4):
+        for split, name, value in (("train", NFC, 0), ("train", "cafz", 50), ("test", NFD, 100), ("test", "cafz", 150)):
+            write(tmp_path / "D" / split / name / f"{number}.png", value + number)
+    data = load(tmp_path / "D")
+    # An e and an accent come before z, é comes after it, as it always did.
+    assert data.class_names == ("cafz", NFC)
+    assert sorted(data.test_images[data.test_labels == 1][:, 0, 0, 0]) == [100, 101, 102, 103]
+
+
+def test_a_device_may_spell_the_runs_classes_in_either_form(tmp_path: Path) -> None:
+    for name in (NFD, "cafz"):
+        write(tmp_path / "D" / "train" / name / "0.png", 1)
+    for classes in ((NFC, "cafz"), (NFD, "cafz")):
+        assert [label for _, label in read_client_folder(tmp_path / "D", classes).train] == [0, 1]
+    own = [read_image_folder(_folders(tmp_path / form, form), lacking=True).classes for form in (NFC, NFD)]
+    assert own == [["cafz", NFC]] * 2
+
+
+def _folders(root: Path, form: str) -> Path:
+    write(root / form / "0.png", 1)
+    write(root / "cafz" / "0.png", 2)
+    return root
+
+
+def test_two_folders_of_one_name_in_two_spellings_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "D" / NFC / "0.png", 1)
+    write(tmp_path / "D" / NFD / "0.png", 2)
+    with pytest.raises(DataError, match=r"two folders 'café', in two spellings .*'cafe\\u0301' and 'caf\\xe9'"):
+        load(tmp_path / "D")
+
+
+def test_names_that_differ_in_case_are_different_classes(tmp_path: Path) -> None:
+    for number, name in enumerate(("CAT", "Cat", "cat", "2", "10", " a ")):
+        for image in range(2):
+            write(tmp_path / "D" / name / f"{image}.png", 10 * number + image)
+    data = load(tmp_path / "D")
+    assert data.class_names == (" a ", "10", "2", "CAT", "Cat", "cat")
+    assert sorted(data.train_images[:, 0, 0, 0] // 10) == sorted(data.test_images[:, 0, 0, 0] // 10) == list(range(6))
+
+
+def test_the_table_of_clients_steers_no_terminal(tmp_path: Path) -> None:
+    for number in range(6):
+        write(tmp_path / "D" / "a\x1b[31m" / f"{number}.png", number)
+        write(tmp_path / "D" / "[bold]" / f"{number}.png", number + 10)
+    result = CliRunner().invoke(cli.app, ["data", "inspect", *_options(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert r"a\x1b[31m" in result.output
+    assert "[bold]" in result.output
+
+
+def _options(tmp_path: Path) -> list[str]:
+    own = {"data.name": "image-folder", "data.root": str(tmp_path / "D"), "data.cache": str(tmp_path / "cache")}
+    flat = {**TINY, **own, "partition.clients": 2, "partition.unseen-clients": 0, "server.clients-per-round": 2}
+    return [part for key, value in flat.items() for part in ("-o", f"{key}={value}")]
+
+
+# --- copies and damaged metadata --------------------------------------------------------------------------------------
+
+
+def test_test_images_that_are_copies_of_training_images_are_said(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "D" / "train" / "a" / f"{number}.png", number)
+        write(tmp_path / "D" / "train" / "b" / f"{number}.png", 10 + number)
+        write(tmp_path / "D" / "test" / "a" / f"{number}.bmp", number + 20 * (number > 1))
+        write(tmp_path / "D" / "test" / "b" / f"{number}.png", 50 + number)
+    said = {"copies": "2 of 10 test images are training images, too, to the pixel"}
+    assert load(tmp_path / "D").notes == said
+    assert load_own_images(tmp_path / "D", (3, SIDE, SIDE), ("a", "b"), 0).notes == said
+
+
+def test_damaged_metadata_are_counted_and_not_shown_image_by_image(
+    plain: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(40)
+    for number in range(6):
+        Image.new("RGB", (SIDE, SIDE), (number,) * 3).save(plain / "a" / f"{number}.jpg", exif=exif)
+    Image.new("RGB", (SIDE, SIDE)).save(plain / "a" / "sound.jpg", exif=Image.Exif())
+    assert load(plain).notes["read as"] == "6 with damaged or unusual metadata"
+    assert [each for each in recwarn if "EXIF" in str(each.message)] == []
+
+
+# --- what is written among the images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", ["", "out", "a", "a/deep/out"])
+def test_neither_a_run_nor_a_cache_is_put_among_the_images(plain: Path, tmp_path: Path, inside: str) -> None:
+    before = sorted(plain.rglob("*"))
+    (tmp_path / "link").symlink_to(plain)
+    for root in (plain, tmp_path / "link"):
+        for options in (["--out", str(root / inside / "run")], ["-o", f"data.cache={root / inside}"]):
+            command = ["run", "--out", str(tmp_path / "run"), *_options(tmp_path), *options]
+            with pytest.raises(DataError, match=r"lies in data\.root .*/D', where a folder is a class"):
+                CliRunner().invoke(cli.app, command, catch_exceptions=False)
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert sorted(plain.rglob("*")) == before
+
+
+def test_a_comparison_is_not_put_among_the_images(plain: Path, tmp_path: Path) -> None:
+    before = sorted(plain.rglob("*"))
+    command = ["compare", "--methods", "framp,fedavg", "--out", str(plain / "compare"), *_options(tmp_path)]
+    with pytest.raises(DataError, match=r"the run folder .*/D/compare/runs/framp-seed0' lies in data\.root"):
+        CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert sorted(plain.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("folder", "fits"), [("runs/1", True), ("train/runs", False), ("Test/a/runs", False)])
+def test_beside_train_and_test_there_is_room(tmp_path: Path, folder: str, fits: bool) -> None:
+    for split in ("train", "Test"):
+        write(tmp_path / "D" / split / "a" / "0.png", 1)
+    if fits:
+        require_outside(tmp_path / "D", tmp_path / "D" / folder, "it")
+        return
+    with pytest.raises(DataError, match=r"it '.*runs' lies in data\.root"):
+        require_outside(tmp_path / "D", tmp_path / "D" / folder, "it")
+
+
+def test_a_hidden_folder_is_no_data(plain: Path) -> None:
+    require_outside(plain, plain / ".cache" / "framp", "it")
+    require_outside(plain, plain.parent / "Das" / "run", "it")
+    assert load(plain).notes == {}

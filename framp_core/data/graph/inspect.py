@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from framp_core.data.graph.checks import UNLABELLED, component_of
+from framp_core.data.graph.checks import NO_ROLE, UNLABELLED, component_of
 from framp_core.data.graph.neighbours import edges_within
 from framp_core.data.graph.sources import GraphData
 from framp_core.data.partition import Partition
@@ -30,7 +30,7 @@ def graph_facts(graph: GraphData, partition: Partition) -> dict[str, str]:
         "components": f"{len(components)} (largest: {components.max()} nodes)",
         "edge homophily": _percent((graph.labels[source] == graph.labels[target])[known]),
         "edges inside clients": _percent(_kept(graph, partition)),
-        **({} if graph.split is None else {"split": _own_split(graph.split)}),
+        **({} if graph.split is None else {"split": _own_split(np.where(labelled, graph.split, NO_ROLE))}),
         **graph.notes,
     }
 

@@ -64,7 +64,7 @@ def _edges(graph: object) -> np.ndarray:
     if not isinstance(graph, dict) or not all(isinstance(ends, list) for ends in graph.values()):
         raise ValueError("expected lists of neighbours")
     count = sum(map(len, graph.values()))  # A list may stand there under many nodes, and in the file once.
-    require_memory(40 * count, f"the nodes of its graph have {count} neighbours in all")
+    require_memory(100 * count, f"the nodes of its graph have {count:,} neighbours in all")
     sources = np.repeat(np.array(list(graph), dtype=np.int64), [len(ends) for ends in graph.values()])
     targets = np.array([node for ends in graph.values() for node in ends], dtype=np.int64)
     return np.stack([sources, targets])

@@ -39,6 +39,8 @@ _ARXIV_URL = "http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip"
 _SAVED = ("x", "edge_index", "y")
 _NAMES = "class_names"
 _SPLIT = "split"
+_LONGEST_HEADER = 2**17
+"""Bytes of an array's header, ten times what NumPy reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,7 @@ def _source(data: DataConfig, own_split: bool) -> tuple[dict[str, Any], Callable
     return _planetoid(data.name, root) if data.name in _PLANETOID else _arxiv(root, own_split)
 
 
-def _stamps(root: Path, files: list[Path], help_text: str) -> list[tuple[str, int, int]]:
+def _stamps(root: Path, files: list[Path], help_text: str) -> list[tuple[str, int, int, int]]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise DataError(f"{', '.join(map(repr, missing))} is missing in {str(files[0].parent)!r}: {help_text}")
@@ -295,10 +297,14 @@ def _file(path: Path, own_split: bool) -> RawGraph:
             f"{', '.join(map(repr, missing))}; expected arrays 'x', 'edge_index' and 'y': {_HOW_TO_SAVE}"
         )
     names = arrays.get(_NAMES)
-    named = None if names is None else tuple(map(str, names.ravel()))
+    named = None if names is None else tuple(map(_name, names.ravel().tolist()))
     split = split_of(arrays, len(arrays["x"]), repr(str(path))) if own_split else None
     unread = tuple(name for name in held if name not in (*wanted, _NAMES))
     return RawGraph(arrays["x"], arrays["edge_index"], arrays["y"], named, split, unread)
+
+
+def _name(given: object) -> str:
+    return given.decode() if isinstance(given, bytes) else str(given)
 
 
 def _npz(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -314,11 +320,13 @@ def _npz(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, np.ndar
 
 def _claimed(archive: zipfile.ZipFile, entry: str) -> int:
     """Bytes of an array by its header, which must be those that the archive says the entry has."""
-    with archive.open(entry) as file:
-        version = npy_format.read_magic(file)
-        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        held, claimed = archive.getinfo(entry).file_size - file.tell(), math.prod(shape) * dtype.itemsize
+    with archive.open(entry) as packed:
+        # NumPy would read a header of 4 GB before it finds it too long.
+        file = io.BytesIO(packed.read(_LONGEST_HEADER))
+    version = npy_format.read_magic(file)
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    held, claimed = archive.getinfo(entry).file_size - file.tell(), math.prod(shape) * dtype.itemsize
     if held != claimed and not dtype.hasobject:  # Pickled objects have no size; np.load refuses them.
         raise ValueError(f"{entry} says that it is {dtype} of shape {shape} and has {held} bytes")
     return claimed
