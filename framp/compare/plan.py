@@ -51,7 +51,8 @@ class PlannedRun:
         """Whether its folder holds this run with its summary; what an interrupted run left does not count.
 
         Raises:
-            RunFolderError: the folder holds something else, or a run with other settings or on other data.
+            RunFolderError: the folder holds something else, or a run with other settings or on other data, or another
+                process works on it.
             ConfigError: the folder's configuration is not one of this version.
         """
         # A run that was killed while it wrote its first file leaves no more than that file's temporary one.
@@ -65,7 +66,8 @@ class PlannedRun:
                 "ask for the same settings, give --out another folder, or remove this run"
             )
         if not found.has(SUMMARY):
-            return False
+            with found.alone():  # A comparison that was killed leaves its runs at work.
+                return False
         if changed := changed_data(found, self.config, self.config.partition.nodes):
             raise RunFolderError(
                 f"the run in {str(self.folder)!r} is on other data than those in {self.config.data.root!r}{changed}. "

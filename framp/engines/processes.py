@@ -97,11 +97,19 @@ def processes_of(home: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+            if process.pid != os.getpid() and _lives_in(process, home):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def _lives_in(process: psutil.Process, home: Path) -> bool:
+    """Ray's agents write their titles over the first variables, and psutil reads none behind such a gap."""
+    if psutil.LINUX:
+        variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        return os.fsencode(f"FLWR_HOME={home}") in variables
+    return bool(process.environ().get("FLWR_HOME") == str(home))
 
 
 def tail(path: Path, lines: int = 20) -> str:

@@ -27,7 +27,7 @@ from framp_core.errors import ConfigError, EngineError, RunFolderError
 from framp_core.methods import METHODS
 from framp_core.metrics import MEAN
 from framp_core.report.summary import Record, summary_of
-from framp_core.run_folder import RunFolder
+from framp_core.run_folder import EVENTS, RunFolder
 from tests.conftest import TINY
 from tests.framp.test_compare_statistics import result
 
@@ -187,6 +187,18 @@ def test_a_finished_run_is_not_done_again_and_an_interrupted_one_is(
     assert not (interrupted.folder / "left-over").exists()
     monkeypatch.setattr(runner.subprocess, "Popen", no_process)
     assert runner.execute(runs, 2, quiet()) == []
+
+
+def test_a_run_at_work_is_not_taken_for_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that is killed by signal 9 leaves its runs at work."""
+    runs = comparison(tmp_path / "out", seeds=(0,)).runs()
+    working = RunFolder.create(runs[1].folder, runs[1].config)
+    working.event("train", 1)
+    monkeypatch.setattr(runner.subprocess, "Popen", no_process)
+    with working.alone(), pytest.raises(RunFolderError, match="another process works on the run in .*framp-shared"):
+        runner.execute(runs, 2, quiet())
+    assert working.has(EVENTS)
+    assert not runs[1].is_finished()
 
 
 @pytest.mark.parametrize("finished", [True, False])

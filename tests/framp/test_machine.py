@@ -17,7 +17,7 @@ from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from framp import cli, run_local
-from framp.engines import flower
+from framp.engines import flower, processes
 from framp.interruption import end_on_signals, saying
 from framp.status import RunStatus, resume_command
 from framp_core.config import FrampConfig
@@ -242,6 +242,24 @@ def test_rays_sockets_have_a_short_folder(tmp_path: Path, monkeypatch: pytest.Mo
         assert flower.flower_environment(home)["RAY_TMPDIR"] == str(home)
     finally:
         home.rmdir()
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="a gap in /proc/PID/environ")
+def test_processes_that_write_over_their_variables_are_found_and_stopped(tmp_path: Path) -> None:
+    """As Ray's agents do, for their titles."""
+    code = (
+        "import ctypes, time\n"
+        "ctypes.memset(ctypes.POINTER(ctypes.c_void_p).in_dll(ctypes.CDLL(None), 'environ')[0], 0, 10)\n"
+        "print(1, flush=True); time.sleep(60)"
+    )
+    variables = {"FIRST": "x" * 20, **os.environ, "FLWR_HOME": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        other, found = processes.processes_of(tmp_path / "other"), processes.processes_of(tmp_path)
+        processes.kill(found)
+        process.kill()
+    assert (other, [each.pid for each in found]) == ([], [process.pid])
 
 
 def test_no_folder_for_rays_sockets_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> None:
