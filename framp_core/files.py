@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from framp_core.errors import ConfigError, RunFolderError, WriteError
 
 WHOLE_LIMIT = 2**28
-"""Bytes of a file that is read whole, and of a line; 10,000 clients of 1,000 examples have a manifest of 80 MB."""
+"""Bytes of a file that is read whole, and of a line; 10,000 clients of 1,000 examples have a manifest of 170 MB."""
 STREAM_LIMIT = 2**36
 """Bytes of a file that is read line by line or mapped; 1,000 rounds of 100 clients are 70 MB of events."""
 LEFTOVER = ".tmp"

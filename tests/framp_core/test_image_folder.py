@@ -37,7 +37,7 @@ def values(data: ImageData) -> list[int]:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    """Issue 14's folder: classes ``a`` and ``b`` of 12 images, of which 2 each are test data."""
+    """Classes ``a`` and ``b`` of 12 images, of which 2 each are test data."""
     for number in range(12):
         write(tmp_path / "D" / "a" / f"{number:02d}.png", number)
         write(tmp_path / "D" / "b" / f"{number:02d}.png", 100 + number)
