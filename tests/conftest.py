@@ -1,6 +1,7 @@
 """Small configurations that several test files share."""
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
         return FrampConfig.from_flat({**TINY, **paths, **(values or {})})
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """Put back those of this process: the command sets its own."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -57,16 +57,6 @@ def run_folder(tmp_path: Path) -> Path:
     return folder.path
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Those of this process, put back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers")
 def test_a_run_shows_in_ascii(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, errors = printed(monkeypatch, "ascii", "status", str(run_folder))
     assert status == 0, errors
@@ -84,7 +74,6 @@ def test_what_an_encoding_lacks_is_printed_in_its_place(encoding: str, shown: st
     assert shown.replace(" ", "") in done.stdout.decode(encoding).replace(" ", "")
 
 
-@pytest.mark.usefixtures("handlers")
 def test_an_error_names_a_path_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, _, errors = printed(monkeypatch, "ascii", "status", str(tmp_path / "猫 [b]"))
     assert status == 1
@@ -174,7 +163,6 @@ def test_a_second_signal_ends_at_once_and_two_together_are_one(apart: int, statu
         assert process.wait(60) == status
 
 
-@pytest.mark.usefixtures("handlers")
 def test_nohup_holds() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     end_on_signals()

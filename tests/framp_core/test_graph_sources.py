@@ -485,7 +485,7 @@ def test_neighbours_that_many_nodes_share_take_no_memory(tmp_path, monkeypatch):
     assert file.stat().st_size < 50_000
     monkeypatch.setattr(memory, "available_memory", lambda: 10**8)
     tracemalloc.start()
-    with pytest.raises(DataError, match="have 25000000 neighbours in all"):
+    with pytest.raises(DataError, match="have 25,000,000 neighbours in all"):
         opened(tmp_path, "cora", tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -665,16 +665,3 @@ def test_a_header_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10**7
-
-
-def test_neighbours_that_are_one_list_many_times_take_no_memory(tmp_path, monkeypatch):
-    write_planetoid(tmp_path / "Cora" / "raw", "cora", test_nodes=[519, 517, 518])
-    neighbours = list(range(500))
-    file = tmp_path / "Cora" / "raw" / "ind.cora.graph"
-    file.write_bytes(pickle.dumps(dict.fromkeys(range(500), neighbours), protocol=2))
-    assert file.stat().st_size < 10**4
-    assert len(opened(tmp_path, "cora", tmp_path)) == NODES
-    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 10**7)
-    file.write_bytes(pickle.dumps(dict.fromkeys(range(501), neighbours), protocol=2))
-    with pytest.raises(DataError, match=r"its nodes have 250,500 neighbours; reading it takes 0\.025 GB"):
-        opened(tmp_path, "cora", tmp_path)
