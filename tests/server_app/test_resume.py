@@ -355,7 +355,7 @@ REFUSALS: dict[str, tuple[Change, type[FrampError], str]] = {
     "much code": (
         with_code(lambda files: dict.fromkeys(files, "0")),
         ResumeError,
-        r"client_app/app.py has changed; .*; and \d\d more files",
+        r"client_app/app.py has changed; .*; and \d+ more files",
     ),
     "another strategy": (
         lambda folder, monkeypatch: {"strategy": OtherStrategy},
