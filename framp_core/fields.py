@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from framp_core.errors import ProtocolError
+from framp_core.foreign_text import listed
 
 T = TypeVar("T", int, float, str, bytes, bool)
 LONGEST_NAME = 200
@@ -69,12 +70,6 @@ def is_name(text: str) -> bool:
     rather than written in another way.
     """
     return 1 <= len(text) <= LONGEST_NAME and text.isprintable() and not _FORMULA.search(text)
-
-
-def listed(names: Mapping[str, object]) -> str:
-    """The first few of names that someone else chose, each cut."""
-    first = [repr(name[:40]) for name, _ in zip(names, range(5), strict=False)]
-    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """Text that someone else wrote, made short and printable before it is kept or shown."""
 
 import re
+from collections.abc import Collection
 
 LONGEST_LINE = 1_000
 """Characters of a reason; an error of this package needs half of that."""
@@ -31,6 +32,12 @@ def printable(text: object, longest: int = LONGEST_LINE, *, lines: bool = False,
     note = f"[cut, of {len(text):,} characters]"
     room = longest - len(note) - 1
     return f"{note} {shown[-room:]}" if tail else f"{shown[:room]} {note}"
+
+
+def listed(names: Collection[str]) -> str:
+    """The first of some names, each quoted and cut, and how many more there are; ``nothing`` if there are none."""
+    first = [repr(name[:40]) for name, _ in zip(names, range(5), strict=False)]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 def without_colours(text: str) -> str:

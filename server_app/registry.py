@@ -18,7 +18,8 @@ from framp_core.codec import decode_descriptor
 from framp_core.config import FrampConfig
 from framp_core.config_values import parse_capacity
 from framp_core.errors import EngineError, FrampError, ProtocolError, ResumeError
-from framp_core.fields import listed, read_count, read_field, read_name, shown
+from framp_core.fields import read_count, read_field, read_name, shown
+from framp_core.foreign_text import listed
 from framp_core.metrics import POPULATIONS, Population, Role
 from framp_core.run_log import about
 from server_app.replies import Refusal, Reply, held_reference, read_replies

@@ -11,6 +11,7 @@ from unicodedata import normalize
 
 from framp_core.data.image_file import image_extensions
 from framp_core.errors import DataError
+from framp_core.foreign_text import listed
 
 Listing = list[tuple[str, int]]
 """Path and label of each image."""
@@ -379,8 +380,7 @@ def _shown(name: str) -> str:
 
 
 def _quoted(entries: Iterable[_Entry]) -> str:
-    names = [repr(entry.name) for entry in entries]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed([entry.name for entry in entries])
 
 
 def _advice(look: _Look) -> str:

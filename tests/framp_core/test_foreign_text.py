@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framp_core.foreign_text import printable
+from framp_core.foreign_text import listed, printable
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
@@ -35,3 +35,9 @@ def test_the_result_is_short_printable_and_its_own_result(text: str, longest: in
     assert printable(shown, longest, lines=lines, tail=tail) == shown
     assert shown == text or not text.isprintable() or len(text) > longest
     shown.encode("utf-8")
+
+
+def test_of_many_names_the_first_stand_there_and_the_others_are_counted() -> None:
+    assert listed([]) == "nothing"
+    assert listed(dict.fromkeys("abcde")) == "'a', 'b', 'c', 'd', 'e'"
+    assert listed(["x" * 41, "\x1b[2J", *"abcdef"]) == f"'{'x' * 40}', '\\x1b[2J', 'a', 'b', 'c' and 3 more"

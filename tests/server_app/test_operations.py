@@ -362,7 +362,7 @@ def test_an_error_record_neither_steers_the_terminal_nor_fills_the_folder(
         run = run_with(config, app_with(fails))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     status = CliRunner().invoke(cli.app, ["status", str(run.path)]).output
-    page = write_report(run.path).read_text()
+    page = (run.path / "report.html").read_text()
     texts = [shown, status, page, RunStatus.of(run.path).last_refusal or ""]
     texts += [line["text"] for line in log_of(run.path)]
     texts += [json.dumps(event, ensure_ascii=False) for event in run.events()]

@@ -26,6 +26,7 @@ from framp_core.data.graph.planetoid import PARTS, read_planetoid
 from framp_core.errors import DataError, RunFolderError
 from framp_core.extra import extra
 from framp_core.files import read_json
+from framp_core.foreign_text import listed
 from framp_core.memory import require_memory
 
 DIGITS_NEIGHBOURS = 10
@@ -348,12 +349,12 @@ def _notes(unread: Sequence[str], labels: np.ndarray) -> dict[str, str]:
     """What to say of arrays that a file holds and nobody reads, and of nodes without a label."""
     masks = [name for name in unread if name in MASKS]
     weights = [name for name in unread if name.startswith("edge_")]
-    others = [repr(name)[:40] for name in unread if name not in (*masks, *weights)]
+    others = [name for name in unread if name not in (*masks, *weights)]
     without = np.count_nonzero(labels == UNLABELLED)
     said = {
         "masks": f"{', '.join(masks)} not used: the split is random; graph.split=file takes theirs" if masks else "",
-        "edge weights": f"{', '.join(map(repr, weights))[:80]} not read: all edges count the same" if weights else "",
-        "not read": ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+        "edge weights": f"{listed(weights)} not read: all edges count the same" if weights else "",
+        "not read": listed(others) if others else "",
         "without a label": f"{without} of {len(labels)} nodes: they pass messages, untrained and untested"
         if without
         else "",
