@@ -195,7 +195,7 @@ def test_a_run_at_work_is_not_taken_for_an_interrupted_one(tmp_path: Path, monke
     working = RunFolder.create(runs[1].folder, runs[1].config)
     working.event("train", 1)
     monkeypatch.setattr(runner.subprocess, "Popen", no_process)
-    with working.alone(), pytest.raises(RunFolderError, match="another process works on the run in .*framp-shared"):
+    with working.alone(), pytest.raises(RunFolderError, match=r"another process works on the run in .*framp-shared"):
         runner.execute(runs, 2, quiet())
     assert working.has(EVENTS)
     assert not runs[1].is_finished()

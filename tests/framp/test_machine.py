@@ -55,12 +55,24 @@ def test_a_run_shows_in_ascii(run_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("encoding", "shown"),
-    [("ascii", "| ? | ? ? |"), ("latin-1", "| \xb1 | ? ? |"), ("cp932", "| ± | 猫 … |"), ("utf-8", "│ ± │ 猫 … │")],
+    [("ascii", "| ? | ? . |"), ("latin-1", "| \xb1 | ? . |"), ("cp932", "| ± | 猫 … |"), ("utf-8", "│ ± │ 猫 … │")],
 )
 def test_what_an_encoding_lacks_is_printed_in_its_place(encoding: str, shown: str) -> None:
     done = subprocess.run(shows("x [b]", encoding), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert shown.replace(" ", "") in done.stdout.decode(encoding).replace(" ", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "cp1252"])
+def test_a_difference_keeps_its_sign(encoding: str) -> None:
+    code = (
+        "from framp.terminal import *; from framp.compare.tables import points; prepare_streams()\n"
+        "Terminal().say(f'{points(-0.014)} {points(0.014)} 猫')"
+    )
+    done = subprocess.run(
+        ["env", f"PYTHONIOENCODING={encoding}", sys.executable, "-c", code], capture_output=True, check=True
+    )
+    assert done.stdout.decode(encoding).translate({ord("猫"): "?", ord("－"): "-"}) == "-1.4 +1.4 ?\n"
 
 
 def test_an_error_names_a_path_in_any_encoding(tmp_path: Path) -> None:
@@ -106,7 +118,7 @@ def started(folder: Path, tmp_path: Path) -> subprocess.Popen[str]:
     command = framp("run", "--out", str(folder), *options(tmp_path), *values)[1:]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(folder.glob("checkpoints/*")) and time.monotonic() < deadline:
+    while not list(folder.glob("checkpoints/round-??????")) and time.monotonic() < deadline:
         time.sleep(0.1)
     return process
 
@@ -133,8 +145,8 @@ def test_a_signal_stops_the_workers_and_says_how_to_go_on(tmp_path: Path, number
 
 def test_a_second_signal_ends_at_once_and_two_together_are_one() -> None:
     code = (
-        "import time; from framp.interruption import end_on_signals; end_on_signals(); print(1, flush=True)\n"
-        "try: time.sleep(60)\n"
+        "import time; from framp.interruption import end_on_signals; end_on_signals()\n"
+        "try: print(1, flush=True); time.sleep(60)\n"
         "finally: print(2, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
