@@ -113,6 +113,7 @@ def run(
     from framp.interruption import run_words, saying
     from framp.profiling import PROFILE, profile_table, run_profiled
     from framp_core.report import results_table
+    from framp_core.run_folder import RunFolder
 
     _check_profile(profile, trace, engine)
     fixed: dict[str, Scalar] = {} if workers is None else {"engine.workers": workers}
@@ -123,6 +124,7 @@ def run(
     )
     folder = Path(loaded.output.resume or loaded.output.folder or new_run_folder(config))
     if not loaded.output.resume:
+        RunFolder.refuse_existing(folder)  # Before its events would be shown as this run's.
         loaded = loaded.model_copy(update={"output": loaded.output.model_copy(update={"folder": str(folder)})})
     _log_errors()
     with (

@@ -1,5 +1,6 @@
 """What the command prints, on whatever it is given to print on: other encodings, closed streams, readers that leave."""
 
+import codecs
 import io
 import os
 import sys
@@ -9,22 +10,33 @@ from rich.console import Console
 
 from framp_core.errors import OutputError
 
+_PLAINER = {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "."}
+_ERRORS = "framp-plainer"
+
 
 def prepare_streams() -> None:
     """Let the standard streams take any text, and let no file that is opened later become one of them.
 
-    What an encoding lacks is printed as ``?``: a table is worth more than its frame, and no run ends in an encoding
-    error. A stream that is closed (``>&-``) leaves its number to the next file that is opened, into which the processes
-    of a run would then print.
+    What an encoding lacks is printed as ``?``, and a minus as a hyphen: a table is worth more than its frame, and no
+    run ends in an encoding error. A stream that is closed (``>&-``) leaves its number to the next file that is opened,
+    into which the processes of a run would then print.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    codecs.register_error(_ERRORS, _plainer)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=_ERRORS)
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """A letter for each one, since tables are laid out before."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAINER.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 class Terminal(Console):

@@ -29,9 +29,11 @@ _INT64 = 2**63
 
 
 def _comma_separated(value: object) -> object:
-    """The parts of a text; a number that was written without quotes is the only part."""
+    """The parts of a text, which may have a list's brackets and quotes; a number without quotes is the only part."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
+        inner = value.strip()
+        inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
+        return [part.strip().strip("\"'") for part in inner.split(",")]
     values = [value] if isinstance(value, int | float) else value
     if isinstance(values, list) and any(isinstance(each, bool) for each in values):
         raise ValueError('true and false are no numbers; write numbers with commas between, such as "8,16"')
@@ -179,7 +181,7 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
 def _check_plain(path: Path, what: str) -> None:
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        hint = _neighbours(path / "any.toml")
+        hint = _inhabitants(path)
         if (path / "config.toml").is_file():
             hint = f"; to go on with the run in it: {framp_command('run', '--resume', path)}"
         raise ConfigError(f"{str(path)!r} is a folder; give a {what}{hint}")
@@ -204,12 +206,16 @@ def _text(content: bytes) -> str:
 
 def _neighbours(path: Path) -> str:
     """What to say of the TOML files beside one that is missing, the nearest by name first."""
-    files = sorted(path.parent.glob("*.toml")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {str(path.with_name(near[0] + '.toml'))!r}?"
+    stems = [file.stem for file in path.parent.glob("*.toml")]
+    near = difflib.get_close_matches(path.stem, sorted(stems), n=1, cutoff=0.6)
+    return f"; did you mean {str(path.with_name(near[0] + '.toml'))!r}?" if near else _inhabitants(path.parent)
+
+
+def _inhabitants(folder: Path) -> str:
+    """What to say of the TOML files in a folder."""
+    files = sorted(folder.glob("*.toml"))
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
-    return f"; in {str(path.parent)!r} lie {', '.join(file.name for file in files[:_NAMED])}{more}" if files else ""
+    return f"; in {str(folder)!r} lie {', '.join(file.name for file in files[:_NAMED])}{more}" if files else ""
 
 
 def check_boolean(key: str, value: Scalar, default: Scalar) -> None:

@@ -76,8 +76,11 @@ def run_flower(config: FrampConfig) -> RunFolder:
         with _superlink(home, config.engine.ray_address) as environment:
             run_id = _submit(app, config, federation, environment, log)
             _check_status(run_id, environment, log)
-    except BaseException:
+    except Exception:
         logger.error("Flower's files of this run, its logs among them, stay in %s", home)
+        raise
+    except BaseException:  # A signal.
+        shutil.rmtree(home, ignore_errors=True)
         raise
     run = RunFolder.open(folder)
     shutil.move(log, run.path / log.name)

@@ -115,6 +115,7 @@ def test_an_existing_run_folder_is_refused(
     summary = (tmp_path / "run" / "summary.json").read_text()
     for engine in ("local", "flower"):
         assert "exists" in fails(monkeypatch, capfd, *arguments, "--engine", engine)
+    assert runner.invoke(cli.app, arguments).output == ""  # The old run's rounds are not shown as this one's.
     assert (tmp_path / "run" / "summary.json").read_text() == summary
     assert json.loads(summary)["rounds"] == 2
 

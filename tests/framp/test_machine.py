@@ -66,12 +66,24 @@ def test_a_run_shows_in_ascii(run_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("encoding", "shown"),
-    [("ascii", "| ? | ? ? |"), ("latin-1", "| \xb1 | ? ? |"), ("cp932", "| ± | 猫 … |"), ("utf-8", "│ ± │ 猫 … │")],
+    [("ascii", "| ? | ? . |"), ("latin-1", "| \xb1 | ? . |"), ("cp932", "| ± | 猫 … |"), ("utf-8", "│ ± │ 猫 … │")],
 )
 def test_what_an_encoding_lacks_is_printed_in_its_place(encoding: str, shown: str) -> None:
     done = subprocess.run(shows("x [b]", encoding), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert shown.replace(" ", "") in done.stdout.decode(encoding).replace(" ", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "cp1252"])
+def test_a_difference_keeps_its_sign(encoding: str) -> None:
+    code = (
+        "from framp.terminal import *; from framp.compare.tables import points; prepare_streams()\n"
+        "Terminal().say(f'{points(-0.014)} {points(0.014)} 猫')"
+    )
+    done = subprocess.run(
+        ["env", f"PYTHONIOENCODING={encoding}", sys.executable, "-c", code], capture_output=True, check=True
+    )
+    assert done.stdout.decode(encoding).translate({ord("猫"): "?", ord("－"): "-"}) == "-1.4 +1.4 ?\n"
 
 
 def test_an_error_names_a_path_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

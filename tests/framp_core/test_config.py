@@ -194,10 +194,14 @@ def test_prior_strengths_are_a_sorted_set_and_may_be_empty() -> None:
         ("\ufeffrounds = 7", {"rounds": 7}),
         ("[capacity]\nsizes = 0.25", {"capacity.sizes": "1/4"}),
         ("[capacity]\nsizes = [0.25, '1/2', 1]", {"capacity.sizes": "1/4,1/2,1"}),
+        ("[capacity]\nsizes = '[0.25, 1]'", {"capacity.sizes": "1/4,1"}),
+        ("[capacity]\nsizes = ' [\"1/4\", 1] '", {"capacity.sizes": "1/4,1"}),
         ("[model]\nwidths = 8", {"model.widths": "8"}),
+        ("[model]\nwidths = '[8,16]'", {"model.widths": "8,16"}),
         ("[model]\nwidths = [8, 16]", {"model.widths": "8,16"}),
         ("[evaluation]\nprior-strengths = 0.5", {"evaluation.prior-strengths": "0.5"}),
         ("[evaluation]\nprior-strengths = []", {"evaluation.prior-strengths": ""}),
+        ("[evaluation]\nprior-strengths = '[]'", {"evaluation.prior-strengths": ""}),
         ("[data]\naugment = 'True'", {"data.augment": True}),
         ("[evaluation]\nunion-prior-strength = -0.0", {}),
     ],
@@ -277,13 +281,14 @@ def test_what_is_no_configuration_is_named(content: bytes, words: str, tmp_path:
 
 def test_pipes_devices_and_folders_are_named_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "nan.toml").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
     for path, words in (
         (tmp_path / "pipe.toml", "a pipe or a device"),
         (Path("/dev/zero"), "a pipe or a device"),
         (tmp_path / "run", f"framp run --resume {tmp_path / 'run'}"),
-        (tmp_path, "is a folder; give a configuration file; in"),
+        (tmp_path, f"is a folder; give a configuration file; in {str(tmp_path)!r} lie nan.toml, pipe.toml"),
         (tmp_path / ("x" * 300), "cannot be read"),
     ):
         with pytest.raises(ConfigError) as caught:
