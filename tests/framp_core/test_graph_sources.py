@@ -673,3 +673,9 @@ def test_neighbours_that_are_one_list_many_times_take_no_memory(tmp_path, monkey
     file.write_bytes(pickle.dumps(dict.fromkeys(range(501), neighbours), protocol=2))
     with pytest.raises(DataError, match=r"its nodes have 250,500 neighbours; reading it takes 0\.025 GB"):
         opened(tmp_path, "cora", tmp_path)
+
+
+@pytest.mark.parametrize("names", [[b"a", "\u00e9".encode(), b"c"], ["a", "\u00e9", "c"]])
+def test_class_names_may_be_saved_as_bytes(tmp_path, names):
+    np.savez(tmp_path / "g.npz", **ARRAYS, class_names=np.array(names))
+    assert opened(tmp_path, "graph-file", tmp_path / "g.npz").class_names == ("a", "\u00e9", "c")
