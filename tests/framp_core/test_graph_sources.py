@@ -665,3 +665,9 @@ def test_a_header_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10**7
+
+
+@pytest.mark.parametrize("names", [[b"a", "\u00e9".encode(), b"c"], ["a", "\u00e9", "c"]])
+def test_class_names_may_be_saved_as_bytes(tmp_path, names):
+    np.savez(tmp_path / "g.npz", **ARRAYS, class_names=np.array(names))
+    assert opened(tmp_path, "graph-file", tmp_path / "g.npz").class_names == ("a", "\u00e9", "c")

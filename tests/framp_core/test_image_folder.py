@@ -717,3 +717,12 @@ def test_a_hidden_folder_is_no_data(plain: Path) -> None:
     require_outside(plain, plain / ".cache" / "framp", "it")
     require_outside(plain, plain.parent / "Das" / "run", "it")
     assert load(plain).notes == {}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '"text"', "3", "null", "{"])
+def test_damaged_notes_of_the_cache_are_named(plain: Path, content: str) -> None:
+    load(plain)
+    (notes,) = (plain.parent / "cache").glob("*/notes.json")
+    notes.write_text(content)
+    with pytest.raises(DataError, match=r"the cached images in .* are damaged .*; delete that folder"):
+        load(plain)
