@@ -5,8 +5,10 @@ colours of the palette of Okabe and Ito, which colour-blind readers can tell apa
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from framp_core.report.tables import human_bytes
 logger = logging.getLogger("flwr.framp.report")
 FOLDER = "figures"
 WIDTH = 5.4
+MOST_SIZES = 24
+"""That a figure shows: with a curve and a label for each, more leave no room, and some hundreds take minutes."""
+_LONGEST_SIZE = 9
 INK, MUTED, RULE, REFERENCE = "#1f2933", "#66727f", "#dfe4e9", "#d55e00"
 POPULATIONS: dict[Column, tuple[str, str, str]] = {
     "local": ("Local", "#0072b2", "o"),
@@ -120,7 +125,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
-    plans, last, sizes = [], record.last("before"), record.capacities
+    plans, last, sizes = [], record.last("before"), _drawn_sizes(record)
     if last:
         at = f"round {last[0].round}"
         plans += [
@@ -144,11 +149,11 @@ def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
                 "Learning curves",
                 "Mean accuracy over the training clients of each size, over rounds." + _union_sample(record),
                 5.2,
-                lambda figure: _learning_curves(figure, record),
+                lambda figure: _learning_curves(figure, record, sizes),
             ),
         ]
     if masks and masks["clients"]:
-        plans += _mask_plans(masks)
+        plans += _mask_plans(_of_drawn_sizes(masks))
     if any(event["clients"] for event in record.train):
         plans.append(
             _Plan(
@@ -157,7 +162,7 @@ def _plans(record: Record, masks: Mapping[str, Any] | None) -> list[_Plan]:
                 "Mean size of one client's messages in one round. Above: bytes, stacked by part. Below: the share of "
                 "each part, which shows what the small messages are made of.",
                 5.2,
-                lambda figure: _bytes(figure, record.traffic()),
+                lambda figure: _bytes(figure, [each for each in record.traffic() if each.capacity in sizes]),
             )
         )
     return plans
@@ -195,6 +200,35 @@ def _union_sample(record: Record) -> str:
     return f" Union is measured on the same {examples:,} examples throughout." if examples else ""
 
 
+def most_frequent(sizes: Sequence[str], seen: Iterable[str]) -> list[str]:
+    """These sizes in their order, at most ``MOST_SIZES``: a client may have had many, and the others few."""
+    counts = Counter(seen)
+    kept = sorted(sizes, key=lambda size: -counts[size])[:MOST_SIZES]
+    return [size for size in sizes if size in kept]
+
+
+def _drawn_sizes(record: Record) -> list[str]:
+    trained = (client["capacity"] for event in record.train for client in event["clients"])
+    return most_frequent(record.capacities, [*trained, *(row.capacity for row in record.rows)])
+
+
+def _of_drawn_sizes(masks: Mapping[str, Any]) -> Mapping[str, Any]:
+    sizes = most_frequent(list(masks["selection"]), masks["capacities"])
+    kept = [place for place, size in enumerate(masks["capacities"]) if size in sizes]
+    return {
+        "layers": masks["layers"],
+        "selection": {size: masks["selection"][size] for size in sizes},
+        "clients": [masks["clients"][place] for place in kept],
+        "capacities": [masks["capacities"][place] for place in kept],
+        "overlap": [[masks["overlap"][row][column] for column in kept] for row in kept],
+    }
+
+
+def _named(size: str) -> str:
+    """A size as it can stand at an axis: a client may tell one of a hundred digits."""
+    return size if len(size) <= _LONGEST_SIZE else f"{float(Fraction(size)):.3g}"
+
+
 def size_colours(capacities: Sequence[str]) -> dict[str, Any]:
     """One colour per size: light for the smallest, dark for the largest."""
     ramp = matplotlib.colormaps["YlGnBu"]
@@ -217,12 +251,14 @@ def _accuracy_by_size(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Seq
             spread = found[size].column(column) if size in found else None
             if spread is not None:
                 means.append((position + offset, 100 * spread.mean, 100 * spread.std))
+        if not means:  # Its sizes are none of those that are drawn.
+            continue
         places, heights, deviations = zip(*means, strict=True)
         axes.errorbar(
             places, heights, deviations,
             fmt=marker, color=colour, markersize=7, markeredgecolor="white", elinewidth=1.4, label=label,
         )  # fmt: skip
-    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_xticks(range(len(sizes)), list(map(_named, sizes)))
     axes.set_xlim(-0.5, len(sizes) - 0.5)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("Size (fraction of the maskable weights)")
@@ -236,7 +272,7 @@ def _client_accuracy(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Sequ
     for size, colour in size_colours(sizes).items():
         values = sorted(100 * row.accuracy for row in rows if row.column == "local" and row.capacity == size)
         if values:
-            axes.ecdf(values, color=colour, linewidth=2, label=size)
+            axes.ecdf(values, color=colour, linewidth=2, label=_named(size))
     axes.set_xlabel("Local accuracy (%)")
     axes.set_ylabel("Share of clients")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -244,13 +280,13 @@ def _client_accuracy(figure: Figure, rows: Sequence[ClientAccuracy], sizes: Sequ
     _legend_above(figure)
 
 
-def _learning_curves(figure: Figure, record: Record) -> None:
+def _learning_curves(figure: Figure, record: Record, sizes: Sequence[str]) -> None:
     columns: tuple[Column, Column] = ("local", "union")
     panels = figure.subplots(2, 1, sharex=True)
     history = [(number, record.at(number, "before")) for number in record.evaluated_rounds]
     for axes, column in zip(panels, columns, strict=True):
         ends = []
-        for size, colour in size_colours(record.capacities).items():
+        for size, colour in size_colours(sizes).items():
             curve = [
                 (number, 100 * spread.mean)
                 for number, rows in history
@@ -279,7 +315,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     shift = np.mean([end[2] for end in ordered]) - np.mean(heights) if heights else 0.0
     for (size, last, value), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            size, (last, value), (1.035, height + shift), textcoords=axes.get_yaxis_transform(), va="center",
+            _named(size), (last, value), (1.035, height + shift), textcoords=axes.get_yaxis_transform(), va="center",
             arrowprops={"arrowstyle": "-", "color": RULE, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)},
         )  # fmt: skip
 
@@ -290,7 +326,9 @@ def _mask_selection(figure: Figure, masks: Mapping[str, Any]) -> None:
     weights = np.array([layer["size"] for layer in layers], dtype=float)
     position = np.arange(len(layers) + 1)
     for size, colour in size_colours(list(masks["selection"])).items():
-        axes.plot(position, _cumulative(weights * masks["selection"][size]), color=colour, linewidth=2, label=size)
+        axes.plot(
+            position, _cumulative(weights * masks["selection"][size]), color=colour, linewidth=2, label=_named(size)
+        )
     axes.plot(
         position, _cumulative(weights), color=REFERENCE, linewidth=1.3, linestyle=(0, (4, 3)), label="dense model"
     )
@@ -327,8 +365,8 @@ def _mask_overlap(figure: Figure, masks: Mapping[str, Any]) -> None:
     centres = (edges[:-1] + edges[1:]) / 2
     if len(sizes) <= 6:
         _block_means(axes, overlap, counts, centres)
-    axes.set_xticks(centres, sizes)
-    axes.set_yticks(centres, sizes)
+    axes.set_xticks(centres, list(map(_named, sizes)))
+    axes.set_yticks(centres, list(map(_named, sizes)))
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -351,8 +389,8 @@ def _block_means(axes: Axes, overlap: np.ndarray, counts: Sequence[int], centres
 
 
 def _bytes(figure: Figure, traffic: Sequence[Traffic]) -> None:
-    sizes = [entry for entry in traffic if entry.capacity != MEAN and entry.exchanges]
-    bars = [(f"{entry.capacity}  {name}", parts) for entry in sizes
+    sizes = [entry for entry in traffic if entry.exchanges]
+    bars = [(f"{_named(entry.capacity)}  {name}", parts) for entry in sizes
             for name, parts in (("down", entry.down), ("up", entry.up))]  # fmt: skip
     places = [number + 0.35 * (number // 2) for number in range(len(bars))]
     above, below = figure.subplots(2, 1, sharey=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 from framp_core.config import FrampConfig
 from framp_core.errors import RunFolderError
 from framp_core.metrics import ClientAccuracy
-from framp_core.report import finish, results_table, summary_of_run, write_report
+from framp_core.report import figures, finish, results_table, summary_of_run, write_report
 from framp_core.report.figures import _accuracy_by_size, size_colours
 from framp_core.report.summary import Record, summary_of
 from framp_core.report.tables import human_bytes, human_seconds, refusals, results
@@ -398,6 +398,26 @@ def test_sizes_are_drawn_from_light_to_dark() -> None:
     light = [float(np.dot(colour[:3], (0.2126, 0.7152, 0.0722))) for colour in size_colours(SIZES).values()]
     assert light == sorted(light, reverse=True)
     assert len(set(light)) == len(SIZES)
+
+
+def test_a_client_of_ever_new_sizes_leaves_the_figures_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes that most clients had are drawn; one of a hundred digits stands there as a short number."""
+    run = synthetic_run(tmp_path / "run")
+    sizes = [*(f"{number}/1009" for number in range(1, 300)), "1/1" + "0" * 90]
+    row = {"client": "hopper", "role": "train", "population": "local", "moment": "before", "correct": 1, "total": 2}
+    run.event("evaluate", 6, accuracies=[{**row, "client": size, "capacity": size} for size in sizes])
+    selection = {size: [0.5] * len(run.json("masks.json")["layers"]) for size in sizes}
+    written = run.json("masks.json")
+    run.write_json("masks.json", {**written, "selection": {**selection, **written["selection"]}})
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(figures, "size_colours", lambda sizes: drawn.append(list(sizes)) or size_colours(sizes))
+    write_report(run.path)
+    assert len(drawn) == 4  # Learning curves have two panels.
+    assert all(len(shown) == figures.MOST_SIZES and {"1/64", "1/16", "1/4", "1"} <= set(shown) for shown in drawn)
+    assert [figures._named(size) for size in ("1/64", sizes[0], sizes[-1])] == ["1/64", "1/1009", "1e-90"]
+    assert figures.most_frequent(["a", "b", "c"], "bcc") == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
