@@ -17,7 +17,7 @@ from framp.progress import RunProgress
 from framp.terminal import Terminal, prepare_streams
 from framp_core import files
 from framp_core.config import FrampConfig
-from framp_core.config_values import Scalar, parse_capacity, parse_override
+from framp_core.config_values import Scalar, check_known, parse_capacity, parse_override
 from framp_core.errors import ConfigError, EngineError, FrampError
 from framp_core.methods import METHODS, settings_of
 
@@ -65,8 +65,11 @@ def load_config(path: Path | None, overrides: list[str] | None, **fixed: Scalar)
     ``-o method=NAME`` takes any method of the comparison and lays its settings under the other options.
     """
     values = {**read_overrides(overrides), **fixed}
-    method = str(values.get("method"))
-    return FrampConfig.load(path, settings_of(method, values) if method in METHODS else values)
+    if "method" in values:
+        method = str(values["method"])
+        check_known(method, METHODS, "method")
+        values = settings_of(method, values)
+    return FrampConfig.load(path, values)
 
 
 def resumed_config(

@@ -264,6 +264,19 @@ def unknown_key(given: str, known: Iterable[str]) -> str:
     return f"unknown configuration key {given!r}" + (f"; did you mean {hints[0]!r}?" if hints else "")
 
 
+def check_known(name: str, known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known, and say which one is near.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"unknown {what} {name!r}{hint} There are: {', '.join(names)}")
+
+
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST_NUMBER else f"{text[:LONGEST_NUMBER]}..."

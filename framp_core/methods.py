@@ -64,6 +64,10 @@ _HETEROFL: Settings = {**GLOBAL_MODEL, "local.masked-cross-entropy": True}
 
 _FIARSE: Settings = {**GLOBAL_MODEL, "extraction.name": "global-top-k", "extraction.fan-in-exponent": 0.0}
 
+_DIAO, _ALAM = "Diao et al., ICLR 2021, arXiv 2010.01264", "Alam et al., NeurIPS 2022"
+_BY_BUDGET = "widths by the weights held: with wide inputs the published widths hold several times the budget"
+_BY_CODE = "the gradient of a step clipped to norm 1, as in the released code"
+
 _PUBLISHED = {
     "fiarse": Method(
         "FIARSE",
@@ -73,30 +77,30 @@ _PUBLISHED = {
     "fiarse-released": Method(
         "FIARSE, released code",
         {**_FIARSE, "method": "fiarse-released", "local.mask": "following", "server.weighting": "non-zero"},
-        "as its authors' code runs: a bool mask, which autograd does not differentiate, and the mean over the clients "
-        "that moved a coordinate",
+        "Wu et al., NeurIPS 2024, arXiv 2407.19389, as their code runs: a bool mask, which autograd does not "
+        "differentiate, and the mean over the clients that moved a coordinate",
     ),
-    "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, "Diao et al., ICLR 2021, arXiv 2010.01264"),
-    "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, "Alam et al., NeurIPS 2022"),
+    "heterofl": Method("HeteroFL", {**_HETEROFL, "method": "heterofl"}, _DIAO),
+    "fedrolex": Method("FedRolex", {**_HETEROFL, "method": "fedrolex"}, _ALAM),
     "heterofl-budget": Method(
         "HeteroFL, nearest the budget",
         {**_HETEROFL, "method": "heterofl", "model.slim-width": "budget"},
-        "as above; widths by the weights held: with wide inputs the published widths hold several times the budget",
+        f"{_DIAO}; {_BY_BUDGET}",
     ),
     "fedrolex-budget": Method(
         "FedRolex, nearest the budget",
         {**_HETEROFL, "method": "fedrolex", "model.slim-width": "budget"},
-        "as above",
+        f"{_ALAM}; {_BY_BUDGET}",
     ),
     "heterofl-clipped": Method(
         "HeteroFL, clipped",
         {**_HETEROFL, "method": "heterofl", "local.gradient-clip": 1.0},
-        "as above; the gradient of a step clipped to norm 1, as in the released code",
+        f"{_DIAO}; {_BY_CODE}",
     ),
     "fedrolex-clipped": Method(
         "FedRolex, clipped",
         {**_HETEROFL, "method": "fedrolex", "local.gradient-clip": 1.0},
-        "as above",
+        f"{_ALAM}; {_BY_CODE}",
     ),
     "scalefl": Method(
         "ScaleFL",
@@ -142,8 +146,23 @@ METHODS: dict[str, Method] = {
 
 
 def is_ablation(method: str, reference: str) -> bool:
-    """Whether a method is the reference with a part taken out or replaced, by its key: ``<reference>-...``."""
-    return method.startswith(f"{reference}-") and not method.endswith(STRONG)
+    """Whether a method is the reference with a part taken out or replaced, by its key: ``<reference>-...``.
+
+    ``fiarse-released`` is no part of ``fiarse``, but the other reading of one publication, and so are ``-clipped`` and
+    ``-budget``: such methods are ranked, tested and tuned beside each other.
+    """
+    return method.startswith(f"{reference}-") and method.removesuffix(STRONG) not in _PUBLISHED
+
+
+def title_of(values: Settings) -> str:
+    """The name of the method that a run's settings make: several share a strategy, as FRAMP and FedAvg do.
+
+    Args:
+        values: all flat keys of the run. What is no method of its own is called by its strategy, ablations too.
+    """
+    own = {name: settings_of(name, {}) for name in METHODS if not is_ablation(name, "framp")}
+    made = [name for name, settings in own.items() if settings.items() <= values.items()]
+    return METHODS[max(made, key=lambda name: len(own[name]), default=str(values["method"]))].title
 
 
 def settings_of(method: str, overrides: Settings) -> dict[str, Scalar]:

@@ -1,15 +1,14 @@
 """The runs of a comparison: settings, folders, and which of them are finished."""
 
-import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from framp_core import files
 from framp_core.config import PLACES, FrampConfig
-from framp_core.config_values import Scalar, read_toml
+from framp_core.config_values import Scalar, check_known, read_toml
 from framp_core.errors import ConfigError, RunFolderError
 from framp_core.fingerprint import code_root
 from framp_core.methods import METHODS, is_ablation, settings_of
@@ -226,16 +225,3 @@ def parse_list(text: str, option: str, kind: Callable[[str], Item]) -> tuple[Ite
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"{option} {text!r} is not a comma-separated list: {error}") from error
-
-
-def check_known(name: str, known: Iterable[str], what: str) -> None:
-    """Refuse a name that is not known, and say which one is near.
-
-    Raises:
-        ConfigError: it is not known.
-    """
-    names: Sequence[str] = list(known)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"unknown {what} {name!r}{hint} There are: {', '.join(names)}")

@@ -10,6 +10,7 @@ from typing import Any
 from framp_core import files
 from framp_core.config import FrampConfig
 from framp_core.foreign_text import LONGEST_LINE, printable
+from framp_core.methods import title_of
 from framp_core.report.figures import Drawn, draw_figures
 from framp_core.report.style import CSS
 from framp_core.report.summary import Record, Refused, summary_of
@@ -63,7 +64,7 @@ def _page(run: RunFolder, record: Record, figures: Sequence[Drawn], environment:
     config = run.config
     finished = run.has(SUMMARY)
     summary = summary_of(record)
-    title = f"{config.method.upper()} on {config.data.title}, {config.rounds} rounds, seed {config.seed}"
+    title = f"{title_of(config.to_flat())} on {config.data.title}, {config.rounds} rounds, seed {config.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
         "" if finished else _unfinished(record),

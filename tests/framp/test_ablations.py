@@ -1,6 +1,7 @@
 """Ablations apart from other methods, and tests over seeds beside those over clients."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from scipy import stats
 from framp.compare import statistics, tables
 from framp.compare.results import Results, RunResult
 from framp.compare.statistics import SeedTest
-from framp_core.methods import METHODS, is_ablation, settings_of
+from framp_core.config import FrampConfig
+from framp_core.methods import METHODS, is_ablation, settings_of, title_of
 from framp_core.metrics import MEAN, ClientAccuracy, PriorCounts, PriorCurve
 from tests.framp.test_compare_statistics import result
 
@@ -24,7 +26,8 @@ def results_of(bases: dict[tuple[str, int], int]) -> Results:
 
 def test_ablations_are_told_by_their_key() -> None:
     assert [name for name in METHODS if is_ablation(name, "framp")] == [n for n in METHODS if n.startswith("framp-")]
-    assert not is_ablation("fiarse-strong", "fiarse")
+    others = [(name, reference) for reference in METHODS if reference != "framp" for name in METHODS]
+    assert [pair for pair in others if is_ablation(*pair)] == []  # fiarse-released is no part of fiarse.
     assert not is_ablation("framp", "framp")
 
 
@@ -33,6 +36,18 @@ def test_a_method_lies_under_the_overrides_and_names_its_strategy() -> None:
     laid = settings_of("heterofl", {"server.weighting": "uniform", "rounds": 3})
     expected = {**METHODS["heterofl"].settings, "server.weighting": "uniform", "rounds": 3}
     assert laid == expected
+
+
+def test_a_run_is_called_by_its_method() -> None:
+    for name, method in METHODS.items():
+        values = FrampConfig.from_flat(settings_of(name, {})).to_flat()
+        assert title_of(values) == ("FRAMP" if name.startswith("framp-") else method.title)
+        assert title_of({**values, "server.weighting": "uniform"}) == METHODS[str(values["method"])].title
+
+
+def test_every_source_stands_alone() -> None:
+    sources = [method.source for name, method in METHODS.items() if name != "local"]
+    assert [source for source in sources if not re.search("ablation: |variant: |et al., |and Tay, ", source)] == []
 
 
 def test_local_only_has_no_unseen() -> None:

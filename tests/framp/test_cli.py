@@ -85,6 +85,7 @@ def test_the_run_folder_may_come_from_the_configuration(tmp_path: Path) -> None:
     [
         (["run", "no-such-file.toml"], "no configuration file"),
         (["run", "-o", "server.client-per-round=3"], "did you mean 'server.clients-per-round'"),
+        (["run", "-o", "method=fedavgg"], "unknown method 'fedavgg'; did you mean 'fedavg'?"),
         (["run", "-o", "capacity.sizes=0"], "outside (0, 1]"),
         (["run", "-o", "capacity.sizes=1.5"], "outside (0, 1]"),
         (["run", "-o", "rounds"], "key=value"),
