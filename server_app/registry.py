@@ -31,6 +31,8 @@ ABSENT = -1
 SAME_DESCRIPTOR = 0.02
 """Distance of two descriptors, which have norm 1, up to which rounding on another machine may explain it."""
 MAX_CLASSES = 2**16
+MAX_CLIENTS = 2**20
+"""The server makes a partition over as many as the first of its clients say, before it knows who they are."""
 MAX_EXAMPLES = 2**31
 MAX_EXAMPLE_SIZE = 2**24
 """Numbers in an example: an image of 2,365 x 2,365 pixels in colour."""
@@ -97,7 +99,7 @@ class ClientRecord:
             classes=read_count(card, "classes", 1, MAX_CLASSES),
             train_examples=read_count(card, "train-examples", 1, MAX_EXAMPLES),
             tests={name: read_count(card, f"{name}-examples", 0, MAX_EXAMPLES) for name in POPULATIONS},
-            partitions=read_count(card, "partitions", 1, 2**31),
+            partitions=read_count(card, "partitions", 1, MAX_CLIENTS),
             partition_digest=read_name(card, "partition-digest"),
             descriptor=_descriptor(blob),
             descriptor_bytes=len(blob),

@@ -1,5 +1,6 @@
 """Small configurations that several test files share."""
 
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,10 +42,14 @@ def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
 
 
 @pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    """Put back those of this process: the command sets its own."""
+def _process_as_before() -> Iterator[None]:
+    """Put back the signal handlers and Flower's log as they were: the command sets its own."""
+    log = logging.getLogger("flwr")
+    level, handlers = log.level, list(log.handlers)
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
+    log.setLevel(level)
+    log.handlers = handlers
     for number, handler in kept.items():
         signal.signal(number, handler)
 
