@@ -200,7 +200,7 @@ def _learning_curves(figure: Figure, results: Results, styles: Mapping[str, Look
                 )  # fmt: skip
         axes.set_title(POPULATIONS[column][0])
         axes.set_xlabel("Round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(_percents())
     figure.axes[0].set_ylabel("Accuracy (%)")
     _legend(figure, styles)

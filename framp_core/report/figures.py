@@ -300,7 +300,7 @@ def _learning_curves(figure: Figure, record: Record, sizes: Sequence[str]) -> No
         _percent_axis(axes)
         _label_ends(axes, ends)
     panels[-1].set_xlabel("Round")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
@@ -337,7 +337,7 @@ def _mask_selection(figure: Figure, masks: Mapping[str, Any]) -> None:
         axes.set_xticks(position[1:], names, rotation=35, ha="right", rotation_mode="anchor")
     else:
         axes.set_xlabel(f"Layer, from {names[0]} (1) to {names[-1]} ({len(names)})")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_xlim(0, len(layers))
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("Cumulative share of kept weights")

@@ -394,6 +394,13 @@ def test_a_size_without_measurements_leaves_its_place_empty() -> None:
     assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([SIZES.index("1")], [25.0])
 
 
+def test_a_single_evaluation_stands_at_a_whole_round(tmp_path: Path) -> None:
+    figure = Figure()
+    figures._learning_curves(figure, Record.of(synthetic_run(tmp_path / "run", rounds=4, every=4)), SIZES)
+    low, high = figure.axes[-1].get_xlim()
+    assert [tick for tick in figure.axes[-1].get_xticks() if low <= tick <= high] == [4.0]
+
+
 def test_sizes_are_drawn_from_light_to_dark() -> None:
     light = [float(np.dot(colour[:3], (0.2126, 0.7152, 0.0722))) for colour in size_colours(SIZES).values()]
     assert light == sorted(light, reverse=True)
