@@ -212,6 +212,18 @@ def test_a_capacity_that_is_taken_is_read_again_from_what_is_written() -> None:
         assert parse_capacity(str(capacity)) == capacity
 
 
+@pytest.mark.parametrize(("partitions", "taken"), [(2**20, True), (2**20 + 1, False), (2**31, False), (0, False)])
+def test_clients_do_not_choose_how_large_a_partition_the_server_makes(partitions: int, taken: bool) -> None:
+    """It is made before the clients are known, with memory for each of its parts."""
+    card = {**CARD["client"], "partitions": partitions}
+    content = RecordDict({"client": ConfigRecord(card), "framp": ConfigRecord(CARD["framp"])})  # type: ignore[arg-type]
+    if taken:
+        assert ClientRecord.read(1, content).partitions == partitions
+    else:
+        with pytest.raises(FrampError, match="partitions"):
+            ClientRecord.read(1, content)
+
+
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-a", "@SUM(A1)", " =1", "\uff1d1", "a;=1", "a; -1", "'=1", "a\tb", ""])
 def test_a_name_that_a_table_would_compute_is_refused(name: str) -> None:
     card = {**CARD["client"], "name": name}
