@@ -30,6 +30,19 @@ TINY: dict[str, Scalar] = {
 }
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def pytest_configure() -> None:
+    """Take the signals that a shell ignores for what it starts in the background, or ``nohup`` does.
+
+    What the tests start would ignore them as well, as the command does on purpose.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., FrampConfig]:
     """Build a configuration that runs in well under a second; keyword ``name`` names its run folder."""
@@ -46,7 +59,7 @@ def _process_as_before() -> Iterator[None]:
     """Put back the signal handlers and Flower's log as they were: the command sets its own."""
     log = logging.getLogger("flwr")
     level, handlers = log.level, list(log.handlers)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     log.setLevel(level)
     log.handlers = handlers

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -121,15 +122,21 @@ def test_a_report_names_a_path_with_brackets_whole(run_folder: Path) -> None:
 # --- signals ----------------------------------------------------------------------------------------------------
 
 
-def started(folder: Path, tmp_path: Path) -> subprocess.Popen[str]:
-    """A long run in two worker processes, after its first checkpoint."""
+@contextmanager
+def started(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long run in two worker processes, after its first checkpoint; it ends with the test, whatever comes of that."""
     values = ["-o", "rounds=100000", "-o", "output.checkpoint-every=1", "--workers", "2"]
     command = [sys.executable, "-m", "framp", "run", "--out", str(folder), *options(tmp_path), *values]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600  # Three processes start, on a machine that may be busy.
-    while not list(folder.glob("checkpoints/round-*[0-9]")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return process
+    try:
+        while not list(folder.glob("checkpoints/round-*[0-9]")) and process.poll() is None:
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()  # Its workers end by themselves.
+        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
